@@ -1,0 +1,205 @@
+"""The offline teacher: answers rendered from a record's facts alone, sentences copied verbatim.
+
+It invents nothing: what the record does not say is 未知, an empty list or null.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mtgdm.tourism import english
+from mtgdm.tourism.contracts import UNKNOWN, General, Itinerary
+from mtgdm.tourism.record import Detail, details_on, sentences, texts_on
+
+INTRO_SENTENCES = 6
+"""A 6,000-character introduction is material for an answer, not the answer."""
+
+_RATING = re.compile(r"5A|AAAAA")
+_PAST = re.compile(r"\d{3,4}年|世纪|始建|[秦汉魏晋隋唐宋辽金元明清]代|[明清]朝|民国|年间|王朝|古称")
+_CULTURE = re.compile(r"文化|艺术|诗|传说|民俗|非遗|非物质|工艺|信仰|祭祀|民族")
+
+
+def render(facts: Mapping[str, Any], prompt_type: str) -> str:
+    """The answer of one type."""
+    if prompt_type == "general":
+        return _json(General, general(facts))
+    if prompt_type == "itinerary":
+        return _json(Itinerary, itinerary(facts))
+    if prompt_type == "bilingual":
+        return f"{chinese(facts)}\n{english_text(facts)}"
+    raise ValueError(f"no answer is written for the type '{prompt_type}'")
+
+
+def general(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The introduction: the record's own sentences, sorted into the contract's lists."""
+    name, lat, lon = facts["name"], facts.get("lat"), facts.get("lon")
+    sights: list[dict[str, Any]] = [
+        {"name": _last(detail["label"]), "type": UNKNOWN, "desc": detail["text"], "lat": None, "lon": None}
+        for detail in details_on(facts, "attractions")
+    ]
+    own = {"name": name, "type": _types(facts), "desc": _first(facts.get("intro")), "lat": lat, "lon": lon}
+    return {
+        "name": name,
+        "province": facts.get("province") or UNKNOWN,
+        "history": _history(facts),
+        "culture": _culture(facts),
+        "logistics": _all_sentences(facts, "transport"),
+        "tickets_hours": [_labelled(detail) for detail in details_on(facts, "tickets")],
+        "photo_spots": [
+            {"theme": _last(detail["label"]), "spot": name, "note": detail["text"]}
+            for detail in details_on(facts, "photo")
+        ],
+        "attractions": [own, *sights],
+        "routes": [
+            {"name": _last(detail["label"]), "duration": UNKNOWN, "steps": sentences(detail["text"])}
+            for detail in details_on(facts, "routes")
+        ],
+        "myths": _all_sentences(facts, "myths"),
+        "geo": {"lat": lat, "lon": lon, "hint": facts.get("city") or facts.get("province") or UNKNOWN},
+    }
+
+
+def itinerary(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The visit: the way there from the transport texts, then what the record says of routes inside."""
+    name = facts["name"]
+    season = facts.get("best_season")
+    steps = [
+        {
+            "from": facts.get("city") or facts.get("province") or UNKNOWN,
+            "to": name,
+            "direction": UNKNOWN,
+            "distance": UNKNOWN,
+            "duration": UNKNOWN,
+            "lat": facts.get("lat"),
+            "lon": facts.get("lon"),
+            "notes": "".join(texts_on(facts, "transport")) or UNKNOWN,
+        }
+    ]
+    steps += [
+        {
+            "from": name,
+            "to": name,
+            "direction": UNKNOWN,
+            "distance": UNKNOWN,
+            "duration": UNKNOWN,
+            "lat": None,
+            "lon": None,
+            "notes": _labelled(detail),
+        }
+        for detail in details_on(facts, "routes")
+    ]
+    tips = [f"最佳季节：{season}。"] if season else []
+    tips += [_labelled(detail) for subject in ("tickets", "tips") for detail in details_on(facts, subject)]
+    return {
+        "name": name,
+        "route_name": f"{name}游览路线",
+        "total_duration": "；".join(texts_on(facts, "duration")) or UNKNOWN,
+        "steps": steps,
+        "photo_spots": [
+            {"theme": _last(detail["label"]), "spot": detail["text"], "time": UNKNOWN}
+            for detail in details_on(facts, "photo")
+        ],
+        "tips": tips,
+        "guide_text": "".join(_culture(facts) or _history(facts)) or facts.get("intro") or UNKNOWN,
+    }
+
+
+def chinese(facts: Mapping[str, Any]) -> str:
+    """The Chinese paragraph: history, culture, transport, season, advice, in the record's own sentences."""
+    place = _place(facts)
+    where = f"位于{place}" if place else "的位置未知"
+    parts = [f"{facts['name']}{where}。"]
+    for opening, subject, texts in (
+        ("历史上，", "历史", _history(facts)),
+        ("文化方面，", "文化", _culture(facts)),
+        ("交通方面，", "交通", _all_sentences(facts, "transport")),
+    ):
+        parts.append(opening + _ended("".join(texts)) if texts else f"{subject}资料未知。")
+    season = facts.get("best_season")
+    parts.append(f"最佳季节是{season}。" if season else "最佳季节未知。")
+    advice = "".join(_all_sentences(facts, "tips"))
+    parts.append(f"建议：{_ended(advice)}" if advice else "建议出发前核实开放时间和票价。")
+    return "".join(parts)
+
+
+def english_text(facts: Mapping[str, Any]) -> str:
+    """The English paragraph: what the record gives in figures and in words that have a known translation."""
+    name = facts.get("name_en") or facts["name"]
+    province = english.province(facts.get("province"))
+    where = f"is in {province}" if province else "is at a place that is not recorded"
+    if facts.get("lat") is not None and facts.get("lon") is not None:
+        where += f" ({facts['lat']}, {facts['lon']})"
+    marks = []
+    if facts.get("year_5a") is not None:
+        marks.append(f"rated 5A in {facts['year_5a']}")
+    if facts.get("unesco"):
+        marks.append("listed as World Heritage")
+    rating = f", {english.listed(marks)}" if marks else ""
+    kinds = english.kinds(facts.get("types") or [])
+    told = "told above in Chinese" if _history(facts) or _culture(facts) else "not recorded"
+    subjects = "; ".join([*([", ".join(kinds)] if kinds else []), told])
+    travel = english.travel(texts_on(facts, "transport"))
+    season = english.season(facts.get("best_season"))
+    return (
+        f"{name} {where}{rating}. "
+        f"History and culture: {subjects}. "
+        f"Transport: {english.listed(travel) or 'not recorded'}. "
+        f"Best season: {season or 'not recorded'}. "
+        "Advice: check opening hours and prices first."
+    )
+
+
+def _json(contract: type[General | Itinerary], value: dict[str, Any]) -> str:
+    contract.model_validate(value)  # a template that breaks its contract is a bug, never a row
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _history(facts: Mapping[str, Any]) -> list[str]:
+    own = _all_sentences(facts, "history")
+    return own or [text for text in _intro(facts) if _PAST.search(text) and not _RATING.search(text)]
+
+
+def _culture(facts: Mapping[str, Any]) -> list[str]:
+    own = _all_sentences(facts, "culture")
+    taken = _history(facts)
+    return own or [
+        text
+        for text in _intro(facts)
+        if _CULTURE.search(text) and not _RATING.search(text) and text not in taken
+    ]
+
+
+def _intro(facts: Mapping[str, Any]) -> list[str]:
+    return sentences(facts.get("intro") or "")[:INTRO_SENTENCES]
+
+
+def _all_sentences(facts: Mapping[str, Any], subject: str) -> list[str]:
+    return [sentence for text in texts_on(facts, subject) for sentence in sentences(text)]
+
+
+def _first(text: str | None) -> str:
+    return next(iter(sentences(text or "")), UNKNOWN)
+
+
+def _types(facts: Mapping[str, Any]) -> str:
+    return "、".join(facts.get("types") or []) or UNKNOWN
+
+
+def _place(facts: Mapping[str, Any]) -> str:
+    province, city = facts.get("province") or "", facts.get("city") or ""
+    return city if city.startswith(province) else province + city
+
+
+def _last(label: str) -> str:
+    return label.rsplit(" ", 1)[-1]
+
+
+def _labelled(detail: Detail) -> str:
+    return f"{_last(detail['label'])}：{detail['text']}"
+
+
+def _ended(text: str) -> str:
+    return text if text.endswith(("。", "！", "？", "”", ".", "!", "?")) else text + "。"

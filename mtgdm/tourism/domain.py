@@ -1,0 +1,44 @@
+"""The tourism domain: spots in, three prompts a spot, and what a spot lets an answer say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+
+from mtgdm.domain import BadRecord, Domain, FactCheck, Prompt, Record
+from mtgdm.tourism import answers, spots, templates
+
+
+class Tourism(Domain):
+    """China's tourist attractions, from the collector's `spots.jsonl`."""
+
+    name: ClassVar[str] = "tourism"
+    types: ClassVar[tuple[str, ...]] = ("general", "itinerary", "bilingual")
+
+    def read(self, path: Path, on_bad: BadRecord) -> Iterator[Record]:
+        """The spots of a file, one at a time."""
+        return spots.read(path, on_bad)
+
+    def prompts(self, record: Record) -> Iterator[Prompt]:
+        """One prompt for each of `types`."""
+        for prompt_type in self.types:
+            yield Prompt(prompt_type, templates.messages(record.facts, prompt_type))
+
+    def contract(self, prompt_type: str) -> type[BaseModel] | None:
+        """General or Itinerary; bilingual answers are prose."""
+        return templates.CONTRACTS.get(prompt_type)
+
+    def prose_problem(self, prompt_type: str, text: str) -> str | None:
+        """What is wrong with a bilingual answer."""
+        return None
+
+    def check_facts(self, facts: Mapping[str, Any], prompt_type: str, text: str) -> FactCheck:
+        """Compare a text with the record it was written from."""
+        return FactCheck()
+
+    def answer(self, facts: Mapping[str, Any], prompt_type: str) -> str:
+        """The offline teacher's answer."""
+        return answers.render(facts, prompt_type)
