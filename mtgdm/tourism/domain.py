@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from mtgdm.domain import BadRecord, Domain, FactCheck, Prompt, Record
-from mtgdm.tourism import answers, spots, templates
+from mtgdm.tourism import answers, prose, spots, templates
+from mtgdm.tourism.facts import check_facts
 
 
 class Tourism(Domain):
@@ -33,11 +34,11 @@ class Tourism(Domain):
 
     def prose_problem(self, prompt_type: str, text: str) -> str | None:
         """What is wrong with a bilingual answer."""
-        return None
+        return prose.problem(text) if prompt_type == "bilingual" else None
 
     def check_facts(self, facts: Mapping[str, Any], prompt_type: str, text: str) -> FactCheck:
         """Compare a text with the record it was written from."""
-        return FactCheck()
+        return check_facts(facts, prompt_type, text)
 
     def answer(self, facts: Mapping[str, Any], prompt_type: str) -> str:
         """The offline teacher's answer."""

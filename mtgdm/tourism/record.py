@@ -35,7 +35,7 @@ class Facts(TypedDict):
     """JSON text of the keys that are kept and not read."""
 
 
-# The first pattern that a label segment meets is its topic, so `建议游览时间` is a duration before it is a tip.
+# The first pattern that a label segment meets is its topic: `建议游览时间` is a duration before it is a tip.
 _TOPICS = tuple(
     (topic, re.compile(words, re.IGNORECASE))
     for topic, words in (

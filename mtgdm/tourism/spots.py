@@ -22,8 +22,8 @@ from mtgdm.tourism.record import Detail, Facts, topic
 EXAMPLE = '{"name":"故宫博物院","province":"北京市","text_zh":{"short_intro":"…"}}'
 
 _READ_KEYS = frozenset(
-    ("name", "name_en", "province", "city", "lat", "lon", "geo", "text_zh")
-    + ("level", "year_5a", "unesco", "types", "best_season")
+    {"name", "province", "city", "lat", "lon", "geo", "text_zh"}
+    | {"name_en", "level", "year_5a", "unesco", "types", "best_season"}
 )
 _OTHER_FORMATS = (
     (b"\x1f\x8b", "a gzip file", "unpack it first: gunzip {name}"),
@@ -115,7 +115,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        if not line.endswith(b"\n") and error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg:
+        if error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated"):
             raise _BadSpot(f"the line is cut short: {error.msg} at character {error.pos + 1}") from None
         raise _BadSpot(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except ValueError as error:

@@ -1,0 +1,113 @@
+"""What makes a bilingual answer whole: Chinese, then English, both finished, on the subject, no loops."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from itertools import accumulate
+
+MIN_HAN = 40
+MIN_WORDS = 20
+CHINESE_FIRST = 1.7
+"""Share of the Han characters before the best cut plus share of the Latin letters behind it, of 2.
+
+Two paragraphs give nearly 2, with foreign names on both sides 1.8; alternating ones 1.5, English first 1."""
+
+_HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_WORD = re.compile(r"[A-Za-z]+(?:['’-][A-Za-z]+)*")
+_CUT = re.compile(r"\n+|(?<=[。！？”）])")
+_ENDS = (".", "!", "?", "。", "！", "？", "…")
+_TRAILING = " \t\r\n*_`\"'”’）)」』】"
+_HEADING = re.compile(r"\n[^\S\n]*[#*\-\s]*(?:English|英文)[^\n。.]{0,30}$", re.IGNORECASE)
+_REPEATED = re.compile(r"(.{2,60}?)\1{3,}", re.DOTALL)
+_SENTENCE = re.compile(r"[^。！？.!?\n]{8,}[。！？.!?]")
+
+_CHINESE_SUBJECTS = (
+    ("history", re.compile(r"历史|年|代|世纪|始建|建于|古|相传|传说|朝|沿革")),
+    ("transport", re.compile(
+        r"交通|地铁|公交|高铁|火车|铁路|机场|自驾|驾车|驱车|乘|车站|换乘|码头|步行|公路|前往|抵达|到达")),
+    ("the best season", re.compile(r"季|春|夏|秋|冬|全年|[一二三四五六七八九十\d]月")),
+    ("advice", re.compile(
+        r"建议|提示|提醒|注意|提前|最好|宜|请|不妨|可以|记得|务必|适合|避开|预约|准备|推荐|应")),
+)  # fmt: skip
+_ENGLISH_SUBJECTS = (
+    ("history", re.compile(
+        r"histor|century|dynast|built|founded|ancient|year|\b\d{3,4}\b|origin|legend|era\b", re.I)),
+    ("transport", re.compile(
+        r"transport|train|metro|subway|\bbus|rail|driv|\bcar\b|airport|flight|\bfly|station|boat|ferry|reach|access"
+        r"|getting|arriv|travel|road|taxi|coach|shuttle|walk", re.I)),
+    ("the best season", re.compile(
+        r"season|spring|summer|autumn|\bfall\b|winter|year[- ]round|all year|any time|throughout the year"
+        r"|January|February|March|April|May|June|July|August|September|October|November|December", re.I)),
+    ("advice", re.compile(
+        r"advi[cs]e|recommend|suggest|should|tip|remember|check|book|plan|bring|wear|avoid|allow|please"
+        r"|best to|be sure|make sure|consider|need to|visitors? (?:can|may|are)|prepare|worth", re.I)),
+)  # fmt: skip
+
+
+def problem(text: str) -> str | None:
+    """Why a text is no whole bilingual guide, or None."""
+    chinese, english, cut = _halves(text)
+    han, words = len(_HAN.findall(chinese)), len(_WORD.findall(english))
+    if not _HAN.search(text):
+        return "there is no Chinese"
+    if not _WORD.search(text):
+        return "there is no English"
+    if cut < CHINESE_FIRST:
+        return "not Chinese first and then English"
+    if han < MIN_HAN:
+        return f"the Chinese part is too short: {han} characters, at least {MIN_HAN}"
+    if words < MIN_WORDS:
+        return f"the English part is too short: {words} words, at least {MIN_WORDS}"
+    if loop := _loop(text):
+        return f"the text goes round in circles: '{loop}'"
+    for part, language in ((chinese, "Chinese"), (english, "English")):
+        if not _finished(part):
+            return f"the {language} part does not end with a whole sentence"
+    for part, language, subjects in (
+        (chinese, "Chinese", _CHINESE_SUBJECTS),
+        (english, "English", _ENGLISH_SUBJECTS),
+    ):
+        for subject, pattern in subjects:
+            if not pattern.search(part):
+                return f"the {language} part says nothing of {subject}"
+    return None
+
+
+def _halves(text: str) -> tuple[str, str, float]:
+    """The text cut where Chinese ends and English begins, and how clean that cut is (0 to 2)."""
+    han = [0, *accumulate(1 if _HAN.match(character) else 0 for character in text)]
+    latin = [0, *accumulate(1 if character.isascii() and character.isalpha() else 0 for character in text)]
+    best, where = 0.0, len(text)
+    for match in _CUT.finditer(text):
+        place = match.end()
+        score = han[place] / (han[-1] or 1) + (latin[-1] - latin[place]) / (latin[-1] or 1)
+        if score > best:
+            best, where = score, place
+    return text[:where].strip(), text[where:].strip(), best
+
+
+def _finished(part: str) -> bool:
+    bare = _HEADING.sub("", part).rstrip(_TRAILING)
+    return bare.endswith(_ENDS)
+
+
+def _loop(text: str) -> str | None:
+    for repeated in _REPEATED.finditer(text):
+        if str(repeated[1]).strip(" -=*_.…—\n"):  # a rule of dashes is no loop
+            return str(repeated[1]).strip()[:24]
+    sentences = Counter(match.strip() for match in _SENTENCE.findall(text))
+    for sentence, count in sentences.items():
+        if count >= 3:
+            return sentence[:24]
+    for length, alphabet in ((16, _HAN), (60, None)):
+        chunks: dict[str, list[int]] = {}
+        for place in range(0, len(text) - length + 1):
+            chunks.setdefault(text[place : place + length], []).append(place)
+        for chunk, places in chunks.items():
+            if alphabet is not None and len(alphabet.findall(chunk)) < length // 2:
+                continue  # an English name of 16 letters may well occur three times
+            apart = [b for a, b in zip([-length, *places], places, strict=False) if b - a >= length]
+            if len(apart) >= 4:
+                return chunk[:24]
+    return None
