@@ -1,0 +1,5 @@
+"""`python -m mtgdm`."""
+
+from mtgdm.cli import main
+
+main()

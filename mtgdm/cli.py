@@ -1,0 +1,480 @@
+"""The command line: a command a stage, built from its Config, and the commands of mtgdm itself."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+
+import typer
+
+from mtgdm import __version__
+from mtgdm.errors import MtgdmError, UserError
+from mtgdm.profiles import (
+    Profile,
+    Sourced,
+    check_environment,
+    describe,
+    load_profile,
+    profile_files,
+    settings_for,
+)
+from mtgdm.registry import Registry, discover
+from mtgdm.stage import Flag, Stage, is_list, key_of, marks, plain_type
+from mtgdm.terminal import Terminal
+
+app = typer.Typer(
+    name="mtgdm",
+    help="Distil a strong teacher model into a small local student.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Settings: every value with its source, and the JSON Schema of a profile.", no_args_is_help=True)
+app.add_typer(config_app, name="config", rich_help_panel="Settings")
+
+_EXTRAS = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "jinja2", "tokenizers"}
+_COMPLETING = "_MTGDM_COMPLETE"
+"""Set by the shell while it asks for completions, where a warning would land in the user's prompt."""
+_terminal = Terminal()
+
+
+@cache
+def _registry() -> Registry:
+    return discover()
+
+
+# --- what the options complete -------------------------------------------------------------------
+
+
+def _complete_profile(incomplete: str) -> Iterator[tuple[str, str]]:
+    for name, path in profile_files().items():
+        if name.startswith(incomplete):
+            yield name, describe(path)
+
+
+def _complete_stage(incomplete: str) -> Iterator[tuple[str, str]]:
+    for name, stage in _registry().stages.items():
+        if name.startswith(incomplete):
+            yield name, _first_line(stage.help)
+
+
+ProfileOption = Annotated[
+    str,
+    typer.Option(
+        "--profile", "-p", metavar="NAME|FILE.yaml", help="The profile.", autocompletion=_complete_profile
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+StageOption = Annotated[str | None, typer.Option(metavar="STAGE", autocompletion=_complete_stage)]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say where settings and errors come from.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"mtgdm {__version__}")
+        raise typer.Exit
+    _terminal.verbose = verbose
+
+
+# --- a command a stage ---------------------------------------------------------------------------
+
+
+def _add_stages(registry: Registry) -> None:
+    """Put the stages before mtgdm's own commands, and say which do not load."""
+    own = list(app.registered_commands)
+    app.registered_commands.clear()
+    for stage in registry.stages.values():
+        _add_stage(stage)
+    app.registered_commands.extend(own)
+    if _COMPLETING not in os.environ:
+        for plugin in registry.broken:
+            _terminal.warn(f"the stage '{plugin.name}' of {plugin.package} does not load: {plugin.error}")
+
+
+def _add_stage(stage: Stage[Any]) -> None:
+    """Register the command of a stage, its options built from its Config."""
+    parameters = [
+        inspect.Parameter("profile", inspect.Parameter.KEYWORD_ONLY, annotation=ProfileOption, default="default")
+    ]
+    flags: dict[str, str] = {}
+    defaults = stage.config.model_construct().model_dump(mode="json", by_alias=True)
+    for name, info in stage.config.model_fields.items():
+        key = key_of(name, info)
+        kind = _flag_type(info.annotation)
+        flag = marks(info, Flag)
+        if kind is None or any(mark.hidden for mark in flag):
+            continue
+        option = f"--{key.replace('_', '-')}"
+        others = [f"--{other.replace('_', '-')}" for mark in flag for other in mark.also]
+        declared = [f"{option}/--no-{option[2:]}"] if kind is bool else [option, *others]
+        default = defaults.get(key)
+        parameters.append(
+            inspect.Parameter(
+                f"{name}_",
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=Annotated[
+                    kind | None,
+                    typer.Option(
+                        *declared,
+                        help=info.description,
+                        show_default=_shown(default),
+                        metavar="A,B,..." if is_list(info.annotation) else None,
+                        rich_help_panel="Settings (flag > environment > profile > default)",
+                    ),
+                ],
+                default=None,
+            )
+        )
+        flags[f"{name}_"] = key
+
+    def command(**values: Any) -> None:
+        given = {
+            flags[name]: Sourced(value, f"--{flags[name].replace('_', '-')}")
+            for name, value in values.items()
+            if name in flags and value is not None
+        }
+        _run_one(stage, values["profile"], given)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    ours = stage.package == "mtgdm"
+    panel = "Stages" if ours else "Stages of other packages"
+    app.command(stage.name, help=stage.help, rich_help_panel=panel)(command)
+
+
+def _flag_type(annotation: Any) -> Any:
+    """What the command line parses a setting as; None for settings that only a profile can hold."""
+    kind = plain_type(annotation)
+    if get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)):
+        return kind
+    if kind in (bool, int, float, str, Path):
+        return kind
+    return str if is_list(annotation) else None
+
+
+def _shown(default: Any) -> str | bool:
+    if default is None or default == "":
+        return False
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return ",".join(str(one) for one in default) if isinstance(default, list) else str(default)
+
+
+def _run_one(stage: Stage[Any], profile_name: str, flags: dict[str, Sourced]) -> None:
+    from mtgdm.pipeline import locked, run_stage
+
+    profile = _load(profile_name)
+    settings = settings_for(stage, profile, flags)
+    if _terminal.verbose:
+        for key, setting in settings.values.items():
+            _terminal.print(f"{stage.section}.{key} = {setting.value} ({setting.source})", style="dim")
+    with locked(profile.workspace, f"mtgdm {stage.name}"):
+        result = run_stage(stage, settings, profile, _terminal)
+    if result.summary:
+        _terminal.print(f"{stage.name}: {result.summary}")
+
+
+def _load(name: str) -> Profile:
+    registry = _registry()
+    check_environment(registry.stages.values())
+    return load_profile(name, registry.sections)
+
+
+# --- the pipeline --------------------------------------------------------------------------------
+
+
+@app.command("all", rich_help_panel="Pipeline")
+def run_all(
+    profile: ProfileOption = "default",
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Begin here.", autocompletion=_complete_stage)
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="STAGE", help="End here.", autocompletion=_complete_stage)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run every stage anew, up to date or not.")] = False,
+) -> None:
+    """Run the profile's pipeline in order; what is up to date is skipped."""
+    from mtgdm import pipeline
+
+    loaded = _load(profile)
+    chain = _cut(pipeline.steps(_registry(), loaded), from_, to)
+    with pipeline.locked(loaded.workspace, "mtgdm all"):
+        said = pipeline.run_all(chain, loaded, _terminal, force=force)
+    _terminal.print()
+    found = zip(chain, pipeline.conditions(chain, loaded), strict=True)
+    _terminal.table(
+        ["stage", "result", "lies in"],
+        [
+            [step.stage.name, said[step.stage.name], ", ".join(_short(path, loaded) for path in one.outputs)]
+            for step, one in found
+        ],
+    )
+    if loaded.workspace != Path.cwd():
+        _terminal.print(f"workspace: {loaded.workspace}")
+
+
+def _cut(chain: list[Any], first: str | None, last: str | None) -> list[Any]:
+    names = [step.stage.name for step in chain]
+    for name in (first, last):
+        if name is not None:
+            known = _registry().stage(name).name
+            if known not in names:
+                raise typer.BadParameter(f"the stage '{name}' is not in this pipeline: {', '.join(names)}")
+    start = names.index(_registry().stage(first).name) if first else 0
+    end = names.index(_registry().stage(last).name) if last else len(names) - 1
+    if end < start:
+        raise typer.BadParameter(f"'{last}' comes before '{first}' in this pipeline: {', '.join(names)}")
+    return chain[start : end + 1]
+
+
+@app.command(rich_help_panel="Pipeline")
+def status(profile: ProfileOption = "default", as_json: JsonOption = False) -> None:
+    """Show each stage as done, stale (and why), partial (n of m) or missing."""
+    from mtgdm import pipeline
+
+    loaded = _load(profile)
+    chain = pipeline.steps(_registry(), loaded)
+    found = list(zip(chain, pipeline.conditions(chain, loaded), strict=True))
+    if as_json:
+        _print_json(
+            [
+                {
+                    "stage": step.stage.name,
+                    "state": one.state,
+                    "why": one.why,
+                    "outputs": [_short(path, loaded) for path in one.outputs],
+                    "finished": one.manifests[0].finished.isoformat() if one.manifests else None,
+                    "counts": one.manifests[0].counts if one.manifests else {},
+                }
+                for step, one in found
+            ]
+        )
+        return
+    _terminal.table(
+        ["stage", "state", "why", "finished", "output"],
+        [
+            [
+                step.stage.name,
+                one.state,
+                one.why,
+                f"{one.manifests[0].finished:%Y-%m-%d %H:%M}" if one.manifests else "",
+                ", ".join(_short(path, loaded) for path in one.outputs),
+            ]
+            for step, one in found
+        ],
+    )
+
+
+@app.command(rich_help_panel="Pipeline")
+def plan(profile: ProfileOption = "default", as_json: JsonOption = False) -> None:
+    """Show what a profile would do to the inputs that are there; nothing is run."""
+    from mtgdm import pipeline
+
+    loaded = _load(profile)
+    chain = pipeline.steps(_registry(), loaded)
+    found = [
+        {
+            "stage": step.stage.name,
+            "state": one.state,
+            **step.settings.config.resolved(loaded.workspace).estimate(),
+        }
+        for step, one in zip(chain, pipeline.conditions(chain, loaded), strict=True)
+    ]
+    if as_json:
+        _print_json(found)
+        return
+    _terminal.table(
+        ["stage", "state", "what it would do"],
+        [
+            [
+                one["stage"],
+                one["state"],
+                ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in list(one.items())[2:]),
+            ]
+            for one in found
+        ],
+    )
+
+
+# --- what is there -------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="Surroundings")
+def doctor(profile: ProfileOption = "default", as_json: JsonOption = False) -> None:
+    """Check what is installed and reachable, and name the command that mends what is not."""
+    from mtgdm.doctor import examine
+
+    findings = examine(_load(profile), _registry())
+    if as_json:
+        _print_json([finding.model_dump() for finding in findings])
+    else:
+        _terminal.table(
+            ["", "what", "found", "mend it with"],
+            [[finding.state, finding.what, finding.found, finding.mend] for finding in findings],
+        )
+    if any(finding.state == "wrong" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Surroundings")
+def stages(as_json: JsonOption = False) -> None:
+    """List the installed stages and the package each comes from; a broken one with its error."""
+    registry = _registry()
+    found = [
+        {
+            "stage": name,
+            "package": f"{plugin.package} {plugin.version}",
+            "target": plugin.target,
+            "help": _first_line(registry.stages[name].help),
+            "error": None,
+        }
+        for name, plugin in registry.plugins.items()
+    ] + [
+        {
+            "stage": plugin.name,
+            "package": f"{plugin.package} {plugin.version}",
+            "target": plugin.target,
+            "help": "",
+            "error": plugin.error,
+        }
+        for plugin in registry.broken
+    ]
+    if as_json:
+        _print_json(found)
+        return
+    _terminal.table(
+        ["stage", "package", "does"],
+        [[one["stage"] or "", one["package"] or "", one["error"] or one["help"] or ""] for one in found],
+    )
+
+
+@app.command(rich_help_panel="Settings")
+def profiles(as_json: JsonOption = False) -> None:
+    """List the profiles that can be named, where each lies, and what it is for."""
+    found = [
+        {"profile": name, "path": str(path), "description": describe(path)}
+        for name, path in profile_files().items()
+    ]
+    if as_json:
+        _print_json(found)
+        return
+    _terminal.table(
+        ["profile", "what for", "lies in"], [[one["profile"], one["description"], one["path"]] for one in found]
+    )
+
+
+@config_app.command("show")
+def config_show(
+    stage: Annotated[
+        str | None, typer.Argument(metavar="[STAGE]", help="Only this stage.", autocompletion=_complete_stage)
+    ] = None,
+    profile: ProfileOption = "default",
+    as_json: JsonOption = False,
+) -> None:
+    """Print every value and where it came from."""
+    registry = _registry()
+    loaded = _load(profile)
+    chosen = [registry.stage(stage)] if stage else list(registry.stages.values())
+    resolved = {one.section: settings_for(one, loaded, {}).values for one in chosen}
+    if as_json:
+        top = {} if stage else {
+            "domain": loaded.domain,
+            "workspace": str(loaded.workspace),
+            "pipeline": loaded.pipeline,
+        }
+        sections = {
+            section: {key: value.model_dump(mode="json") for key, value in values.items()}
+            for section, values in resolved.items()
+        }
+        _print_json({**top, **sections})
+        return
+    if not stage:
+        _terminal.print(f"domain = {loaded.domain}")
+        _terminal.print(f"workspace = {loaded.workspace}")
+        _terminal.print(f"pipeline = {', '.join(loaded.pipeline)}")
+    _terminal.table(
+        ["setting", "value", "from"],
+        [
+            [f"{section}.{key}", _value(setting.value), setting.source]
+            for section, values in resolved.items()
+            for key, setting in values.items()
+        ],
+    )
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a profile, for an editor that checks YAML."""
+    from mtgdm.profiles import profile_schema
+
+    _print_json(profile_schema(_registry().stages.values()))
+
+
+# --- printing ------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    _terminal.json(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def _short(path: Path, profile: Profile) -> str:
+    return str(path.relative_to(profile.workspace)) if path.is_relative_to(profile.workspace) else str(path)
+
+
+def _value(value: Any) -> str:
+    return "" if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+# --- the one catch -------------------------------------------------------------------------------
+
+
+def _stop(error: MtgdmError) -> NoReturn:
+    if _terminal.verbose:
+        traceback.print_exception(error)
+    _terminal.error(error)
+    raise SystemExit(error.exit_code)
+
+
+def main() -> None:
+    """Run the command line; errors of the user become one line here, bugs keep their traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # A pipe on Windows, or LANG=C, must not make Chinese text an error.
+        reconfigure: Callable[..., None] | None = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", errors="replace")
+    try:
+        _add_stages(_registry())
+        app()
+    except MtgdmError as error:
+        _stop(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _EXTRAS:
+            raise
+        _stop(UserError(f"{error.name} is not installed", hint='pip install "mtgdm[train]"'))
+    except OSError as error:
+        if error.filename is None and error.strerror is None:
+            raise
+        _stop(UserError(error.strerror or str(error), where=error.filename))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Running stages: the workspace lock, manifests, staleness, and `all`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mtgdm import manifest
+from mtgdm.errors import SettingError, UserError
+from mtgdm.manifest import Manifest
+from mtgdm.profiles import Profile, Settings, Sourced, settings_for
+from mtgdm.rows import replace
+from mtgdm.stage import Context, Result, Stage
+
+if TYPE_CHECKING:
+    from mtgdm.registry import Registry
+    from mtgdm.terminal import Terminal
+
+State = Literal["done", "stale", "partial", "missing", "no output"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How a stage stands: its state, why, and the manifests of its outputs."""
+
+    state: State
+    why: str = ""
+    manifests: tuple[Manifest, ...] = ()
+    outputs: tuple[Path, ...] = ()
+
+
+# --- one stage -----------------------------------------------------------------------------------
+
+
+def run_stage(stage: Stage[Any], settings: Settings, profile: Profile, terminal: Terminal) -> Result:
+    """Run one stage and write the manifest of each output, last of all."""
+    workspace = profile.workspace
+    config = settings.config.resolved(workspace)
+    started = datetime.now().astimezone()
+    context = Context(
+        stage=stage.name,
+        workspace=workspace,
+        terminal=terminal,
+        domain=profile.domain,
+        profile=profile.name,
+        started=started,
+    )
+    before = _known(config.outputs())
+    inputs = [manifest.state(path, workspace, before) for path in config.inputs() if path.exists()]
+    try:
+        result = stage(config, context) or Result()
+    finally:
+        context.close()
+    finished = datetime.now().astimezone()
+    outputs = result.outputs if result.outputs is not None else config.outputs()
+    for output in outputs:
+        if not output.exists():
+            continue
+        manifest.write(
+            Manifest(
+                stage=stage.name,
+                output=manifest.state(output, workspace),
+                inputs=inputs,
+                settings=settings.values,
+                profile=profile.name,
+                domain=profile.domain,
+                counts=result.counts,
+                summary=result.summary,
+                versions=manifest.versions(),
+                started=started,
+                finished=finished,
+                seconds=round((finished - started).total_seconds(), 3),
+            ),
+            output,
+        )
+    return result
+
+
+@contextmanager
+def locked(workspace: Path, command: str) -> Iterator[None]:
+    """Hold the workspace; a second run is refused. The lock dies with the process, however it ends."""
+    from filelock import FileLock, Timeout
+
+    folder = workspace / ".mtgdm"
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / "running.json"
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            with replace(holder) as file:
+                file.write(json.dumps({"pid": os.getpid(), "command": command}).encode("utf-8"))
+            yield
+            holder.unlink(missing_ok=True)
+    except Timeout as error:
+        who = _holder(holder)
+        raise UserError(
+            f"another mtgdm run is at work in this workspace{who}",
+            where=workspace,
+            hint="wait for it, stop it, or give this run another `workspace:`",
+        ) from error
+
+
+def _holder(path: Path) -> str:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return f" (process {value['pid']}: {value['command']})"
+
+
+# --- staleness -----------------------------------------------------------------------------------
+
+
+def condition(stage: Stage[Any], settings: Settings, profile: Profile) -> Condition:
+    """Whether a stage's outputs are there, whole, and made from what is there now."""
+    workspace = profile.workspace
+    config = settings.config.resolved(workspace)
+    outputs = config.outputs()
+    if not outputs:
+        return Condition("no output", "runs every time")
+    found = [manifest.read(output) for output in outputs]
+    present = tuple(one for one in found if one is not None)
+    if len(present) < len(outputs) or not all(output.exists() for output in outputs):
+        finished = config.finished()
+        begun = any(output.exists() and one is None for output, one in zip(outputs, found, strict=True))
+        if finished is not None and finished[0] > 0:
+            return Condition("partial", f"{finished[0]:,} of {finished[1]:,}", present, tuple(outputs))
+        return Condition("partial" if begun else "missing", "", present, tuple(outputs))
+    why = _changed(present[0], settings, profile) or _inputs_changed(present[0], config.inputs(), workspace)
+    return Condition("stale" if why else "done", why, present, tuple(outputs))
+
+
+def _changed(made: Manifest, settings: Settings, profile: Profile) -> str:
+    if made.domain != profile.domain:
+        return f"domain changed: {made.domain} → {profile.domain}"
+    for key, value in settings.shaping().items():
+        if key in made.settings and made.settings[key].value != value:
+            return f"{key} changed: {made.settings[key].value} → {value}"
+    return ""
+
+
+def _inputs_changed(made: Manifest, inputs: Sequence[Path], workspace: Path) -> str:
+    for path in inputs:
+        if not path.exists():
+            return f"{manifest.relative(path, workspace)} is not there"
+    now = [manifest.state(path, workspace, made.inputs) for path in inputs]
+    for state in now:
+        if state.sha256 not in {earlier.sha256 for earlier in made.inputs}:
+            return f"{state.path} changed"
+    if len(now) != len(made.inputs):
+        return "it was made from other inputs"
+    return ""
+
+
+def _known(outputs: Sequence[Path]) -> list[manifest.FileState]:
+    """File states of an earlier run, which save hashing what has not changed."""
+    return [state for output in outputs if (made := manifest.read(output)) for state in made.inputs]
+
+
+# --- all -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a pipeline with its settings."""
+
+    stage: Stage[Any]
+    settings: Settings
+
+
+def steps(registry: Registry, profile: Profile) -> list[Step]:
+    """The profile's pipeline with every setting checked, before anything runs."""
+    found: list[Step] = []
+    for name in profile.pipeline:
+        try:
+            stage = registry.stage(name)
+        except SettingError as error:
+            where = profile.top["pipeline"].source if "pipeline" in profile.top else None
+            raise SettingError(error.message, hint=error.hint, where=where) from error
+        if any(step.stage is stage for step in found):
+            raise SettingError(f"the stage '{name}' stands twice", where=profile.top["pipeline"].source)
+        found.append(Step(stage, settings_for(stage, profile, {})))
+    return found
+
+
+def conditions(chain: Sequence[Step], profile: Profile) -> list[Condition]:
+    """The condition of every step; what depends on an output that is not done is stale with it."""
+    found: list[Condition] = []
+    unfinished: dict[Path, str] = {}
+    for step in chain:
+        own = condition(step.stage, step.settings, profile)
+        if own.state == "done":
+            inputs = step.settings.config.resolved(profile.workspace).inputs()
+            waits = sorted({unfinished[path] for path in inputs if path in unfinished})
+            if waits:
+                own = Condition("stale", f"{' and '.join(waits)} comes first", own.manifests, own.outputs)
+        if own.state not in ("done", "no output"):
+            unfinished.update(dict.fromkeys(own.outputs, step.stage.name))
+        found.append(own)
+    return found
+
+
+def run_all(
+    chain: Sequence[Step], profile: Profile, terminal: Terminal, *, force: bool = False
+) -> dict[str, str]:
+    """Run what is not up to date, in order; returns what each stage had to say, skipped ones too.
+
+    With `force` every stage runs, and those that would resume start anew.
+    """
+    said: dict[str, str] = {}
+    ran = 0
+    with terminal.progress_view():
+        for number, step in enumerate(chain, start=1):
+            name = step.stage.name
+            place = f"[{number}/{len(chain)}] {name}"
+            if not force:
+                now = condition(step.stage, step.settings, profile)
+                if now.state == "done":
+                    said[name] = now.manifests[0].summary
+                    continue
+                if now.state != "missing":
+                    place += f" ({now.state}{': ' + now.why if now.why else ''})"
+            terminal.print(place, style="bold")
+            settings = _overwriting(step, profile) if force else step.settings
+            result = run_stage(step.stage, settings, profile, terminal)
+            if result.summary:
+                terminal.print(f"      {result.summary}")
+            said[name] = result.summary
+            ran += 1
+    if ran == 0:
+        terminal.print(f"everything is up to date: {', '.join(said)}")
+    return said
+
+
+def _overwriting(step: Step, profile: Profile) -> Settings:
+    if "overwrite" not in type(step.settings.config).model_fields:
+        return step.settings
+    flags: Mapping[str, Sourced] = {"overwrite": Sourced(True, "--force")}
+    return settings_for(step.stage, profile, flags)

@@ -1,0 +1,63 @@
+"""Entry points of one group, loaded one by one: a broken plugin is an error to show, not a crash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from mtgdm.errors import MtgdmError, SettingError, nearest
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One entry point: the object it names, or why it could not be loaded."""
+
+    name: str
+    package: str
+    version: str
+    target: str
+    value: Any = None
+    error: str | None = None
+
+
+class PluginError(MtgdmError):
+    """A plugin that was asked for by name does not load."""
+
+
+def find(group: str) -> dict[str, metadata.EntryPoint]:
+    """The entry points of a group by name, ours first where two packages give the same name."""
+    points = sorted(metadata.entry_points(group=group), key=lambda point: _package(point)[0] != "mtgdm")
+    found: dict[str, metadata.EntryPoint] = {}
+    for point in points:
+        found.setdefault(point.name, point)
+    return found
+
+
+def load(point: metadata.EntryPoint) -> Plugin:
+    """Load one entry point.
+
+    Whatever a stranger's module raises while it is imported is the plugin's error, not ours: this is
+    the one place where any Exception is caught, and it is shown with its type and text.
+    """
+    package, version = _package(point)
+    try:
+        value = point.load()
+    except Exception as error:  # noqa: BLE001 - a stranger's module may raise anything
+        return Plugin(point.name, package, version, point.value, error=f"{type(error).__name__}: {error}")
+    return Plugin(point.name, package, version, point.value, value=value)
+
+
+def named(group: str, name: str, kind: str) -> Any:
+    """The object that one name of a group stands for; `kind` is what a user calls it."""
+    points = find(group)
+    if name not in points:
+        raise SettingError(f"there is no {kind} '{name}'", hint=nearest(name, points))
+    plugin = load(points[name])
+    if plugin.error is not None:
+        raise PluginError(f"the {kind} '{name}' of {plugin.package} does not load: {plugin.error}")
+    return plugin.value
+
+
+def _package(point: metadata.EntryPoint) -> tuple[str, str]:
+    return (point.dist.name, point.dist.version) if point.dist is not None else ("?", "?")

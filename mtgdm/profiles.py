@@ -1,0 +1,352 @@
+"""Profiles and settings: default < profile (through `extends`) < environment < flag, each with its source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from mtgdm.errors import SettingError, nearest
+from mtgdm.manifest import SettingValue
+from mtgdm.shipped import shipped
+from mtgdm.stage import Flag, Runtime, Stage, StageConfig, key_of, marks
+
+PIPELINE = ("prompts", "teacher", "train", "report", "eval", "eval-report", "package")
+"""The stages of `mtgdm all` where a profile names none."""
+
+_TOP_LEVEL = ("extends", "description", "domain", "workspace", "pipeline")
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Sourced:
+    """A value as it was written, and where: `default`, `ollama-32b.yaml:9`, `$MTGDM_TEACHER_URL`, `--url`."""
+
+    value: Any
+    source: str
+
+
+@dataclass
+class Profile:
+    """A YAML file with everything it extends, merged key by key."""
+
+    name: str
+    path: Path | None
+    description: str = ""
+    top: dict[str, Sourced] = field(default_factory=dict)
+    sections: dict[str, dict[str, Sourced]] = field(default_factory=dict)
+    section_sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def domain(self) -> str:
+        """The domain plugin's name."""
+        return str(self.top["domain"].value) if "domain" in self.top else "tourism"
+
+    @property
+    def workspace(self) -> Path:
+        """The folder that relative paths lie under, absolute."""
+        value = self.top["workspace"].value if "workspace" in self.top else "."
+        return Path(value).expanduser().absolute()
+
+    @property
+    def pipeline(self) -> list[str]:
+        """The stages of `mtgdm all`, in order."""
+        return list(self.top["pipeline"].value) if "pipeline" in self.top else list(PIPELINE)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A stage's config with the source of every value."""
+
+    config: StageConfig
+    values: dict[str, SettingValue]
+
+    def shaping(self) -> dict[str, Any]:
+        """The values that change what the stage makes: the others are not looked at for staleness."""
+        fields = type(self.config).model_fields
+        runtime = {key_of(name, info) for name, info in fields.items() if marks(info, Runtime)}
+        return {key: setting.value for key, setting in self.values.items() if key not in runtime}
+
+
+# --- finding -------------------------------------------------------------------------------------
+
+
+def profile_folders() -> list[Path]:
+    """Where a profile is looked for by name: the workspace's own first, then the shipped ones."""
+    return [Path("configs"), shipped("configs")]
+
+
+def profile_files() -> dict[str, Path]:
+    """Every profile that can be named, with its file."""
+    found: dict[str, Path] = {}
+    for folder in profile_folders():
+        for path in sorted(folder.glob("*.y*ml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def find_profile(name: str, beside: Path | None = None) -> Path:
+    """The file of a profile given by name or path; `beside` is the file whose `extends` names it."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser()
+        if beside is not None and not path.is_absolute():
+            path = beside.parent / path
+        if path.is_file():
+            return path
+        raise SettingError(f"there is no profile file {path}", hint="`mtgdm profiles` lists those that can be named")
+    files = profile_files()
+    if beside is not None and beside.stem == name and beside.parent != shipped("configs"):
+        # A profile of one's own may extend the shipped one of the same name.
+        for ending in (".yaml", ".yml"):
+            own = shipped("configs") / f"{name}{ending}"
+            if own.is_file():
+                return own
+    if name in files:
+        return files[name]
+    if beside is not None:
+        for ending in (".yaml", ".yml"):
+            if (beside.parent / f"{name}{ending}").is_file():
+                return beside.parent / f"{name}{ending}"
+    raise SettingError(f"there is no profile '{name}'", hint=nearest(name, files))
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def load_profile(name: str, known_sections: Iterable[str]) -> Profile:
+    """Read a profile with all it extends; SettingError with file:line for whatever is wrong."""
+    return _load(find_profile(name), set(known_sections), ())
+
+
+def describe(path: Path) -> str:
+    """The `description` of one file, or why it cannot be read."""
+    try:
+        node = _compose(path)
+    except SettingError as error:
+        return f"(cannot be read: {error.message})"
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value == "description" and isinstance(value, yaml.ScalarNode):
+            return str(value.value).strip()
+    return ""
+
+
+def _load(path: Path, known: set[str], above: tuple[Path, ...]) -> Profile:
+    if path.resolve() in above:
+        raise SettingError("a profile extends itself", where=path)
+    node = _compose(path)
+    profile = Profile(name=path.stem, path=path)
+    if node is None:
+        return profile
+    if not isinstance(node, yaml.MappingNode):
+        raise SettingError("a profile is a mapping of settings", where=_place(path, node))
+    pairs = _pairs(path, node)
+    if "extends" in pairs:
+        base_node = pairs["extends"][1]
+        base_name = _plain(path, base_node)
+        if not isinstance(base_name, str):
+            raise SettingError("`extends` takes the name of one profile", where=_place(path, base_node))
+        try:
+            base_path = find_profile(base_name, beside=path)
+        except SettingError as error:
+            raise SettingError(error.message, hint=error.hint, where=_place(path, base_node)) from error
+        base = _load(base_path, known, (*above, path.resolve()))
+        profile.top, profile.sections = base.top, base.sections
+        profile.section_sources = base.section_sources
+        profile.top.pop("description", None)
+    for key, (key_node, value_node) in pairs.items():
+        if key in _TOP_LEVEL:
+            profile.top[key] = Sourced(_plain(path, value_node), _place(path, key_node))
+            continue
+        section = key.replace("-", "_")
+        if section not in known:
+            raise SettingError(
+                f"unknown key '{key}'", where=_place(path, key_node), hint=nearest(section, {*known, *_TOP_LEVEL})
+            )
+        profile.section_sources.setdefault(section, _place(path, key_node))
+        target = profile.sections.setdefault(section, {})
+        if isinstance(value_node, yaml.ScalarNode) and _plain(path, value_node) is None:
+            continue
+        if not isinstance(value_node, yaml.MappingNode):
+            raise SettingError(f"the section '{key}' is a mapping of settings", where=_place(path, value_node))
+        for name, (name_node, setting_node) in _pairs(path, value_node).items():
+            target[name] = Sourced(_plain(path, setting_node), _place(path, name_node))
+    _check_top(profile, path)
+    return profile
+
+
+def _check_top(profile: Profile, path: Path) -> None:
+    for key in ("description", "domain", "workspace"):
+        if key in profile.top and not isinstance(profile.top[key].value, str):
+            raise SettingError(f"`{key}` is a text", where=profile.top[key].source)
+    if "pipeline" in profile.top:
+        value = profile.top["pipeline"].value
+        if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
+            raise SettingError("`pipeline` is a list of stage names", where=profile.top["pipeline"].source)
+    profile.description = str(profile.top["description"].value).strip() if "description" in profile.top else ""
+
+
+def _compose(path: Path) -> yaml.Node | None:
+    try:
+        node: yaml.Node | None = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise SettingError(f"not YAML: {error.problem or error}", where=f"{path}{line}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingError(f"not YAML: {' '.join(str(error).split())}", where=path) from error
+    except OSError as error:
+        raise SettingError(f"cannot be read: {error.strerror}", where=path) from error
+    return node
+
+
+def _pairs(path: Path, node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+    for key_node, value_node in node.value:
+        key = _plain(path, key_node)
+        if not isinstance(key, str):
+            raise SettingError(f"the key {key!r} is not a text", where=_place(path, key_node))
+        if key in found:
+            raise SettingError(f"the key '{key}' stands twice", where=_place(path, key_node))
+        found[key] = (key_node, value_node)
+    return found
+
+
+def _plain(path: Path, node: yaml.Node) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        raise SettingError(f"not a plain value: {error.problem}", where=_place(path, node)) from error
+    finally:
+        loader.dispose()
+
+
+def _place(path: Path, node: yaml.Node) -> str:
+    return f"{path}:{node.start_mark.line + 1}"
+
+
+# --- merging -------------------------------------------------------------------------------------
+
+
+def settings_for(
+    stage: Stage[Any],
+    profile: Profile,
+    flags: Mapping[str, Sourced],
+    environment: Mapping[str, str] = os.environ,
+) -> Settings:
+    """The settings of one stage; SettingError with the source of the value that is wrong.
+
+    `flags` holds what the command line gave, by key.
+    """
+    fields = keys_of(stage.config)
+    chosen: dict[str, Sourced] = {}
+    for key, sourced in profile.sections.get(stage.section, {}).items():
+        if key not in fields:
+            raise SettingError(
+                f"unknown key '{key}' in the section '{stage.section}'",
+                where=sourced.source,
+                hint=nearest(key, {*fields.values()}),
+            )
+        chosen[fields[key]] = sourced
+    chosen.update(_from_environment(stage, fields, environment))
+    chosen.update(flags)
+    config = _validate(stage, {key: sourced.value for key, sourced in chosen.items()}, chosen)
+    values = config.model_dump(mode="json", by_alias=True)
+    return Settings(
+        config,
+        {key: SettingValue(value=value, source=chosen[key].source if key in chosen else "default")
+         for key, value in values.items()},
+    )
+
+
+def keys_of(config: type[StageConfig]) -> dict[str, str]:
+    """Every key a section may hold, with the key it stands for (itself, or the one it is another name of)."""
+    keys: dict[str, str] = {}
+    for name, info in config.model_fields.items():
+        key = key_of(name, info)
+        keys[key] = key
+        for flag in marks(info, Flag):
+            keys.update(dict.fromkeys(flag.also, key))
+    return keys
+
+
+def check_environment(
+    stages: Iterable[Stage[Any]], environment: Mapping[str, str] = os.environ
+) -> None:
+    """SettingError for a variable `MTGDM_<STAGE>_<KEY>` whose stage exists and whose key does not."""
+    by_prefix = {f"MTGDM_{stage.section.upper()}_": stage for stage in stages}
+    for variable in sorted(environment):
+        prefixes = [prefix for prefix in by_prefix if variable.startswith(prefix)]
+        if not prefixes:
+            continue
+        known = {
+            f"{prefix}{key.upper()}" for prefix in prefixes for key in keys_of(by_prefix[prefix].config)
+        }
+        if variable not in known:
+            raise SettingError(f"unknown setting in the environment: {variable}", hint=nearest(variable, known))
+
+
+def _from_environment(
+    stage: Stage[Any], fields: Mapping[str, str], environment: Mapping[str, str]
+) -> dict[str, Sourced]:
+    found: dict[str, Sourced] = {}
+    for key, target in fields.items():
+        variable = f"MTGDM_{stage.section.upper()}_{key.upper()}"
+        if variable in environment:
+            found[target] = Sourced(environment[variable], f"${variable}")
+    return found
+
+
+def _validate(stage: Stage[Any], values: dict[str, Any], chosen: Mapping[str, Sourced]) -> StageConfig:
+    validate: Callable[[dict[str, Any]], StageConfig] = stage.config.model_validate
+    try:
+        return validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        source = chosen[key].source if key in chosen else f"section '{stage.section}'"
+        message = first["msg"].removeprefix("Value error, ")
+        wrong = f"{stage.section}.{key} = {first['input']!r}: {message}" if key else message
+        raise SettingError(wrong, where=source, hint=f"`mtgdm {stage.name} --help` lists the settings") from error
+
+
+# --- schema --------------------------------------------------------------------------------------
+
+
+def profile_schema(stages: Iterable[Stage[Any]]) -> dict[str, Any]:
+    """The JSON Schema of a profile with a section for each of these stages."""
+    definitions: dict[str, Any] = {}
+    properties: dict[str, Any] = {
+        "extends": {"type": "string", "description": "The profile this one starts from."},
+        "description": {"type": "string", "description": "One line of what the profile is for."},
+        "domain": {"type": "string", "description": "The domain plugin.", "default": "tourism"},
+        "workspace": {"type": "string", "description": "The folder relative paths lie under.", "default": "."},
+        "pipeline": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "The stages of `mtgdm all`, in order.",
+            "default": list(PIPELINE),
+        },
+    }
+    for stage in stages:
+        schema = stage.config.model_json_schema(by_alias=True, ref_template="#/$defs/{model}")
+        definitions.update(schema.pop("$defs", {}))
+        schema["description"] = stage.help
+        for name, info in stage.config.model_fields.items():
+            for flag in marks(info, Flag):
+                own = schema["properties"][key_of(name, info)]
+                schema["properties"].update(dict.fromkeys(flag.also, own))
+        properties[stage.section] = {"anyOf": [schema, {"type": "null"}]}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "mtgdm profile",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        "$defs": definitions,
+    }

@@ -1,0 +1,365 @@
+"""Rows on disk: read with `file:line` errors, appended crash-safely, replaced atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self, cast
+
+from mtgdm.errors import BadRow, UserError
+
+Split = Literal["train", "val", "test"]
+
+SPLIT_SEED = 42
+"""Seed of the split hash where nobody names another: rows without a split get theirs from it."""
+VAL_RATIO = 0.1
+TEST_RATIO = 0.1
+
+FSYNC_INTERVAL_S = 1.0
+_ROLES = frozenset({"system", "user", "assistant"})
+_ID_PREFIX = b'{"id": "'
+_ID_LENGTH = 24
+
+
+# --- identity ------------------------------------------------------------------------------------
+
+
+def row_id(messages: Sequence[dict[str, str]]) -> str:
+    """24 hex digits of the SHA-256 over the messages, a last assistant turn left out."""
+    prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    text = json.dumps([[m["role"], m["content"]] for m in prompt], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_ID_LENGTH]
+
+
+def split_of(
+    name: str, *, seed: int = SPLIT_SEED, val_ratio: float = VAL_RATIO, test_ratio: float = TEST_RATIO
+) -> Split:
+    """The split of a spot by a stable hash of its name and the seed.
+
+    The name alone decides, so that a spot written twice (with and without its province, say) cannot
+    stand in two splits, and adding records moves nothing. `test` is the lowest part of the hash range:
+    another `val_ratio` never moves a spot into or out of `test`.
+    """
+    key = "".join(unicodedata.normalize("NFKC", name).split()).casefold()
+    digest = hashlib.sha256(f"{seed}\n{key}".encode("utf-8", "surrogatepass")).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    if place < test_ratio:
+        return "test"
+    return "val" if place < test_ratio + val_ratio else "train"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a prompt, teacher or eval file, with the place it came from."""
+
+    id: str
+    messages: list[dict[str, str]]
+    meta: dict[str, Any]
+    path: Path
+    line: int
+    rest: dict[str, Any] = field(default_factory=dict)
+    """Keys of the row beside `id`, `messages` and `meta`."""
+
+    @cached_property
+    def prompt(self) -> list[dict[str, str]]:
+        """The messages without a last assistant turn."""
+        return self.messages if self.answer is None else self.messages[:-1]
+
+    @property
+    def answer(self) -> str | None:
+        """The last assistant turn, or None where the row is a prompt."""
+        last = self.messages[-1]
+        return last["content"] if last["role"] == "assistant" else None
+
+    @property
+    def type(self) -> str | None:
+        """The prompt type; None in rows of other tools, which have no answer contract."""
+        value = self.meta.get("type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def spot(self) -> str | None:
+        """The name of the spot the row is about."""
+        value = self.meta.get("spot")
+        return value if isinstance(value, str) else None
+
+    @property
+    def split(self) -> Split:
+        """The split the row carries, else the one its spot (or, without a spot, its id) hashes to."""
+        value = self.meta.get("split")
+        if value in ("train", "val", "test"):
+            return cast(Split, value)
+        return split_of(self.spot or self.id)
+
+    def bad(self, reason: str, *, hint: str | None = None) -> BadRow:
+        """An error that points at this row."""
+        return BadRow(self.path, self.line, reason, hint=hint)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that hold something, with their numbers; split at `\\n` alone, BOM and `\\r` removed."""
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.strip(b" \t\r\n")
+            if line:
+                yield number, line
+
+
+def parse_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """One line as a JSON object, or BadRow with the reason."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow(path, number, f"not UTF-8 (byte {error.start} of the line)") from error
+    except json.JSONDecodeError as error:
+        raise BadRow(path, number, f"not JSON: {error.msg} at character {error.pos}") from error
+    except RecursionError as error:
+        raise BadRow(path, number, "nested too deeply") from error
+    if not isinstance(value, dict):
+        raise BadRow(path, number, f"not a JSON object but {type(value).__name__}")
+    return value
+
+
+def read_rows(path: Path, *, answered: bool | None = None) -> Iterator[Row]:
+    """The rows of a file, one at a time.
+
+    `answered=True` demands that each row ends with the assistant's answer, False that none does,
+    None takes both. Files of the original pipeline (no `id`) are accepted: the id is computed.
+    Raises BadRow with `file:line`, or UserError where there is no such file.
+    """
+    for number, line in read_lines(path):
+        row = _row(path, number, parse_object(path, number, line))
+        if answered is True and row.answer is None:
+            raise row.bad("the row has no answer", hint="is this the prompts file? answers come from `mtgdm teacher`")
+        if answered is False and row.answer is not None:
+            raise row.bad("the row already has an answer", hint="is this a teacher file? prompts come from `mtgdm prompts`")
+        yield row
+
+
+def _row(path: Path, number: int, value: dict[str, Any]) -> Row:
+    messages = value.pop("messages", None)
+    if not isinstance(messages, list) or not messages:
+        raise BadRow(path, number, "`messages` is missing, empty or no list")
+    for message in messages:
+        if (
+            not isinstance(message, dict)
+            or message.get("role") not in _ROLES
+            or not isinstance(message.get("content"), str)
+        ):
+            raise BadRow(path, number, "a message needs `role` (system, user, assistant) and a text `content`")
+    if all(message["role"] != "user" for message in messages):
+        raise BadRow(path, number, "`messages` holds no user turn")
+    meta = value.pop("meta", None)
+    if meta is None:
+        meta = {}
+    if not isinstance(meta, dict):
+        raise BadRow(path, number, f"`meta` is no object but {type(meta).__name__}")
+    given = value.pop("id", None)
+    identity = given if isinstance(given, str) and given else row_id(messages)
+    return Row(identity, messages, meta, path, number, value)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise UserError("there is no such file", where=path) from error
+    except IsADirectoryError as error:
+        raise UserError("this is a folder, not a file", where=path) from error
+    except PermissionError as error:
+        reason = "this is a folder, not a file" if path.is_dir() else "the file may not be read"
+        raise UserError(reason, where=path) from error
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def encode(value: dict[str, Any]) -> bytes:
+    """One row as a line of UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        return text.encode("utf-8") + b"\n"
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8") + b"\n"
+
+
+def manifest_path(output: Path) -> Path:
+    """Where the manifest of an output lies; it is written last, so its presence means complete."""
+    return output.with_name(output.name + ".manifest.json")
+
+
+@contextmanager
+def replace(path: Path) -> Iterator[BinaryIO]:
+    """A file to write beside `path` that takes its place, whole, when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise UserError("this is a folder, not a file", where=path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        manifest_path(path).unlink(missing_ok=True)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in this folder durable; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Journal:
+    """A file of rows that grows as answers come and survives a kill at any moment.
+
+    Each row is one unbuffered write; a thread makes the file durable once a second. Opening repairs
+    what a kill left: a torn last line is cut off (or completed where only the newline is missing).
+    `ids` are the rows that are there. The manifest of the file goes away with the first append, for
+    the file is no longer what the manifest speaks of.
+    """
+
+    def __init__(self, path: Path, *, inspect: Callable[[int, bytes], None] | None = None) -> None:
+        """Open for appending. `inspect` sees every line that is already there, with its number."""
+        self.path = path
+        self.ids: set[str] = set()
+        self._inspect = inspect
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._unsynced = False
+        self._appended = False
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_dir():
+            raise UserError("this is a folder, not a file", where=self.path)
+        if self.path.exists():
+            self._repair_tail()
+            self._scan()
+        self._file = self.path.open("ab", buffering=0)
+        self._syncer = threading.Thread(target=self._sync_regularly, name=f"fsync {self.path.name}", daemon=True)
+        self._syncer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._syncer.join()
+        self._sync()
+        self._file.close()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row; its first key must be `id`, which the next start reads without parsing the line."""
+        if next(iter(row)) != "id":
+            raise ValueError("the first key of a journal row is its id")
+        line = encode(row)
+        with self._lock:
+            if not self._appended:
+                manifest_path(self.path).unlink(missing_ok=True)
+                self._appended = True
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:]) or 0
+            self._unsynced = True
+            self.ids.add(row["id"])
+
+    def _repair_tail(self) -> None:
+        with self.path.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            end = size
+            while end > 0:
+                start = max(0, end - 65536)
+                file.seek(start)
+                newline = file.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    end = start + newline + 1
+                    break
+                end = start
+            if end == size:
+                return
+            file.seek(end)
+            tail = file.read()
+            try:
+                whole = isinstance(json.loads(tail.decode("utf-8")), dict)
+            except ValueError:
+                whole = False
+            if whole:
+                file.write(b"\n")
+            else:
+                file.truncate(end)
+
+    def _scan(self) -> None:
+        for number, line in read_lines(self.path):
+            self.ids.add(_line_id(self.path, number, line))
+            if self._inspect is not None:
+                self._inspect(number, line)
+
+    def _sync_regularly(self) -> None:
+        while not self._closing.wait(FSYNC_INTERVAL_S):
+            self._sync()
+
+    def _sync(self) -> None:
+        with self._lock:
+            if not self._unsynced:
+                return
+            self._unsynced = False
+        os.fsync(self._file.fileno())
+
+
+def _line_id(path: Path, number: int, line: bytes) -> str:
+    """The id of a row from the first bytes of its line; lines of another form are parsed."""
+    end = len(_ID_PREFIX) + _ID_LENGTH
+    if line.startswith(_ID_PREFIX) and line[end : end + 1] == b'"' and line.endswith(b"}"):
+        return line[len(_ID_PREFIX) : end].decode("ascii", "replace")
+    return _row(path, number, parse_object(path, number, line)).id
+
+
+def put_in_order(path: Path, ids: Iterable[str]) -> None:
+    """Rewrite a journal in the order of `ids`, atomically; rows of other ids keep their order at the end.
+
+    Where an id stands on several lines the last one counts. A file already in order is left alone.
+    """
+    offsets: dict[str, tuple[int, int]] = {}
+    with path.open("rb") as file:
+        place = 0
+        lines = 0
+        for number, line in enumerate(file, start=1):
+            stripped = line.strip(b" \t\r\n")
+            if stripped:
+                identity = _line_id(path, number, stripped)
+                offsets.pop(identity, None)
+                offsets[identity] = (place, len(line))
+                lines += 1
+            place += len(line)
+    order: dict[str, None] = dict.fromkeys(identity for identity in ids if identity in offsets)
+    order.update(dict.fromkeys(offsets))
+    if lines == len(order) and list(order) == list(offsets):
+        return
+    with path.open("rb") as source, replace(path) as target:
+        for identity in order:
+            start, length = offsets[identity]
+            source.seek(start)
+            target.write(source.read(length).rstrip(b"\r\n") + b"\n")

@@ -1,0 +1,271 @@
+"""The contract of a stage plugin: one pydantic Config and one `run(config, context)`.
+
+    class ShoutConfig(StageConfig):
+        word: str = "hello"
+        '''What to shout.'''
+
+    @stage
+    def run(config: ShoutConfig, context: Context):
+        '''Shout a word.'''
+        context.print(config.word.upper())
+
+From the Config alone come the flags, the YAML section, the environment variables, the JSON Schema and
+the completion. Mark path settings with `Input` and `Output`, and mtgdm keeps the manifests, knows when
+the stage is stale, and runs it inside `mtgdm all` only when there is something to do.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from mtgdm.plugins import named
+from mtgdm.shipped import PREFIX, shipped
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from mtgdm.domain import Domain
+    from mtgdm.terminal import Progress, Terminal
+
+__all__ = ["Context", "Flag", "Input", "Output", "Result", "Runtime", "Stage", "StageConfig", "stage"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """Marks a path setting whose content the result depends on; `newest` picks a file of a folder by glob."""
+
+    newest: str | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """Marks a path setting the stage writes; `newest` says how the files are called inside a folder."""
+
+    newest: str | None = None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Marks a setting that changes how a stage runs but not what it makes: another value is not stale."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """More about a setting on the command line: other names for the flag, or none at all."""
+
+    also: tuple[str, ...] = ()
+    hidden: bool = False
+
+
+class StageConfig(BaseModel):
+    """Settings of a stage. Subclass it with typed, documented fields; unknown keys are refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+        protected_namespaces=(),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_lists(cls, values: Any) -> Any:
+        """Let a list be given as `a,b`, as flags and environment variables do."""
+        if not isinstance(values, dict):
+            return values
+        split = dict(values)
+        for name, info in cls.model_fields.items():
+            for key in (name, info.alias):
+                if key in split and isinstance(split[key], str) and is_list(info.annotation):
+                    split[key] = [part.strip() for part in split[key].split(",") if part.strip()]
+        return split
+
+    def resolved(self, workspace: Path) -> Self:
+        """The same settings with every path absolute: under the workspace, or where mtgdm ships it."""
+        return self.model_copy(
+            update={
+                name: _absolute(value, workspace)
+                for name in type(self).model_fields
+                if isinstance(value := getattr(self, name), Path)
+            }
+        )
+
+    def inputs(self) -> list[Path]:
+        """The files and folders the result is made from; those not marked with `Input` are added here."""
+        return [path for path, _ in self._marked(Input)]
+
+    def outputs(self) -> list[Path]:
+        """The files and folders the stage writes."""
+        return [path for path, _ in self._marked(Output)]
+
+    def finished(self) -> tuple[int, int] | None:
+        """What an interrupted run has done, as (done, all), where the stage can tell."""
+        return None
+
+    def estimate(self) -> dict[str, Any]:
+        """What a run would have to do, for `mtgdm plan`: counts by name, from the inputs that are there."""
+        return {}
+
+    def _marked(self, kind: type[Input] | type[Output]) -> Iterator[tuple[Path, str]]:
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            for mark in info.metadata:
+                if isinstance(mark, kind) and isinstance(value, Path):
+                    yield (newest(value, mark.newest) if mark.newest else value), name
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has to say: counts for the manifest, a line for the end, and outputs named by time."""
+
+    counts: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
+    outputs: list[Path] | None = None
+    """Where the files written differ from `config.outputs()` (reports carry a timestamp)."""
+
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+
+
+@dataclass
+class Stage(Generic[ConfigT]):
+    """A function with its Config; callable like the function itself."""
+
+    function: Callable[[ConfigT, Context], Result | None]
+    config: type[ConfigT]
+    name: str = ""
+    package: str = ""
+
+    @property
+    def help(self) -> str:
+        """The docstring of the function, which is the help of the command."""
+        return inspect.getdoc(self.function) or ""
+
+    @property
+    def section(self) -> str:
+        """The stage's name in YAML keys and environment variables: `eval-report` is `eval_report`."""
+        return self.name.replace("-", "_")
+
+    def __call__(self, config: ConfigT, context: Context) -> Result | None:
+        """Run the stage."""
+        return self.function(config, context)
+
+
+def stage(function: Callable[[ConfigT, Context], Result | None]) -> Stage[ConfigT]:
+    """Make a stage of `run(config: SomeConfig, context: Context)`."""
+    parameters = list(inspect.signature(function).parameters)
+    hints = typing.get_type_hints(function, localns={"Context": Context})
+    config = hints.get(parameters[0]) if parameters else None
+    if len(parameters) != 2 or not (isinstance(config, type) and issubclass(config, StageConfig)):
+        raise TypeError(f"{function.__qualname__} must be run(config: SomeStageConfig, context: Context)")
+    return Stage(function, config)
+
+
+class Context:
+    """What a stage may touch beside its settings: the workspace, the terminal, its log, its domain."""
+
+    def __init__(
+        self, *, stage: str, workspace: Path, terminal: Terminal, domain: str, profile: str, started: datetime
+    ) -> None:
+        self.stage = stage
+        self.workspace = workspace
+        self.terminal = terminal
+        self.domain_name = domain
+        self.profile = profile
+        self.started = started
+
+    @property
+    def timestamp(self) -> str:
+        """When the run began, as in file names: `20261123-143000`."""
+        return self.started.strftime("%Y%m%d-%H%M%S")
+
+    @cached_property
+    def domain(self) -> Domain:
+        """The domain the profile names."""
+        domain: Domain = named("mtgdm.domains", self.domain_name, "domain")()
+        return domain
+
+    def log_path(self, suffix: str) -> Path:
+        """A file of this run under `log/`: `log_path(".metrics.jsonl")`; the folder is made."""
+        folder = self.workspace / "log"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{self.stage}-{self.timestamp}{suffix}"
+
+    @cached_property
+    def log(self) -> logging.Logger:
+        """The run's log file, made at the first use."""
+        logger = logging.Logger(f"mtgdm.{self.stage}", logging.DEBUG)
+        handler = logging.FileHandler(self.log_path(".log"), encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        return logger
+
+    def print(self, text: str) -> None:
+        """A line for the user."""
+        self.terminal.print(text)
+
+    def warn(self, text: str) -> None:
+        """A line the user should read, on the terminal and in the log."""
+        self.terminal.warn(text)
+        self.log.warning(text)
+
+    def progress(self, total: int | None, unit: str, *, done: int = 0) -> AbstractContextManager[Progress]:
+        """A progress bar: `with context.progress(600, "rows") as bar: bar.advance()`."""
+        return self.terminal.progress(self.stage, total, unit, done=done)
+
+    def close(self) -> None:
+        """Close the log, where one was opened."""
+        if "log" in self.__dict__:
+            for handler in self.log.handlers:
+                handler.close()
+
+
+def newest(folder: Path, pattern: str) -> Path:
+    """The last file of a folder by name that matches (names carry timestamps), or the pattern's own path."""
+    found = sorted(folder.glob(pattern)) if folder.is_dir() else []
+    return found[-1] if found else folder / pattern
+
+
+def marks(info: FieldInfo, kind: type[Any]) -> list[Any]:
+    """The marks of one kind on a field."""
+    return [mark for mark in info.metadata if isinstance(mark, kind)]
+
+
+def key_of(name: str, info: FieldInfo) -> str:
+    """A field's name for users: `in_` with the alias `in` is `in`."""
+    return info.alias or name
+
+
+def plain_type(annotation: Any) -> Any:
+    """An annotation without `| None`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(annotation) if member is not types.NoneType]
+        return members[0] if len(members) == 1 else annotation
+    return annotation
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a setting holds a list, which flags take as `a,b`."""
+    return typing.get_origin(plain_type(annotation)) in (list, tuple)
+
+
+def _absolute(path: Path, workspace: Path) -> Path:
+    text = path.as_posix()
+    if text.startswith(PREFIX):
+        return shipped(text.removeprefix(PREFIX))
+    return workspace / path.expanduser()

@@ -1,0 +1,115 @@
+"""Spot records to prompts: three a spot, each row already in its split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from mtgdm import rows
+from mtgdm.domain import Record
+from mtgdm.errors import BadRow, SettingError, UserError
+from mtgdm.stage import Context, Input, Output, Result, StageConfig, stage
+
+SHOWN_BAD_LINES = 5
+"""So many bad lines are shown one by one; the log has them all."""
+
+
+class PromptsConfig(StageConfig):
+    """Settings of `mtgdm prompts`."""
+
+    spots: Annotated[Path, Input()] = Path("data/curated/spots.jsonl")
+    """The spot records, one JSON object a line."""
+    out: Annotated[Path, Output()] = Path("data/prompts.jsonl")
+    """Where the prompts go."""
+    limit: int = Field(0, ge=0)
+    """Only the first N spots; 0 takes all."""
+    skip_bad: bool = False
+    """Leave bad lines out and count them, instead of stopping at the first."""
+    val_ratio: float = Field(rows.VAL_RATIO, ge=0, lt=1)
+    """Share of the spots that training is checked on."""
+    test_ratio: float = Field(rows.TEST_RATIO, ge=0, lt=1)
+    """Share of the spots that are kept for the evaluation."""
+    seed: int = rows.SPLIT_SEED
+    """Seed of the hash that puts a spot into its split."""
+
+
+@stage
+def run(config: PromptsConfig, context: Context) -> Result:
+    """Build the prompts: spot records in, three prompts a spot out, each in its split."""
+    if config.val_ratio + config.test_ratio >= 1:
+        raise SettingError("val_ratio and test_ratio leave nothing to train on")
+    skipped: list[BadRow] = []
+
+    def on_bad(bad: BadRow) -> None:
+        if not config.skip_bad:
+            raise BadRow(bad.path, bad.line, bad.reason, hint=bad.hint or "mend the line, or leave bad lines out with --skip-bad")
+        skipped.append(bad)
+        context.log.warning("skipped %s", bad)
+        if len(skipped) <= SHOWN_BAD_LINES:
+            context.terminal.warn(f"skipped {bad}")
+
+    counts: Counter[str] = Counter()
+    seen: set[str] = set()
+    with rows.replace(config.out) as file, context.progress(config.limit or None, "spots") as bar:
+        for record in _limited(context.domain.read(config.spots, on_bad), config.limit):
+            counts["spots"] += 1
+            split = rows.split_of(
+                record.name, seed=config.seed, val_ratio=config.val_ratio, test_ratio=config.test_ratio
+            )
+            for prompt in context.domain.prompts(record):
+                identity = rows.row_id(prompt.messages)
+                if identity in seen:
+                    counts["duplicates"] += 1
+                    continue
+                seen.add(identity)
+                counts["prompts"] += 1
+                counts[split] += 1
+                meta = {
+                    "spot": record.name,
+                    "province": record.region,
+                    "type": prompt.type,
+                    "split": split,
+                    "record": record.facts,
+                }
+                file.write(rows.encode({"id": identity, "messages": prompt.messages, "meta": meta}))
+            bar.advance()
+        if not counts["prompts"]:
+            reason = "no line could be used" if skipped else "there is no record in this file"
+            raise UserError(reason, where=config.spots)
+    if len(skipped) > SHOWN_BAD_LINES:
+        context.terminal.warn(f"and {len(skipped) - SHOWN_BAD_LINES:,} more bad lines, all in {context.log_path('.log')}")
+    return Result(
+        counts={
+            "spots": counts["spots"],
+            "prompts": counts["prompts"],
+            "train": counts["train"],
+            "val": counts["val"],
+            "test": counts["test"],
+            "duplicates": counts["duplicates"],
+            "skipped": len(skipped),
+        },
+        summary=_summary(counts, len(skipped)),
+    )
+
+
+def _limited(records: Iterator[Record], limit: int) -> Iterator[Record]:
+    for number, record in enumerate(records, start=1):
+        yield record
+        if number == limit:
+            return
+
+
+def _summary(counts: Counter[str], skipped: int) -> str:
+    parts = [
+        f"{counts['spots']:,} spots → {counts['prompts']:,} prompts",
+        f"train {counts['train']:,}, val {counts['val']:,}, test {counts['test']:,}",
+    ]
+    if counts["duplicates"]:
+        parts.append(f"{counts['duplicates']:,} exact duplicates dropped")
+    if skipped:
+        parts.append(f"{skipped:,} bad lines skipped")
+    return " · ".join(parts)
