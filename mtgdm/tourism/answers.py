@@ -17,6 +17,7 @@ from mtgdm.tourism.record import Detail, details_on, sentences, texts_on
 INTRO_SENTENCES = 6
 """A 6,000-character introduction is material for an answer, not the answer."""
 
+_BARE_NAME = re.compile("[^。，；！？,;!?]{1,16}")
 _RATING = re.compile(r"5A|AAAAA")
 _PAST = re.compile(r"\d{3,4}年|世纪|始建|[秦汉魏晋隋唐宋辽金元明清]代|[明清]朝|民国|年间|王朝|古称")
 _CULTURE = re.compile(r"文化|艺术|诗|传说|民俗|非遗|非物质|工艺|信仰|祭祀|民族")
@@ -36,10 +37,10 @@ def render(facts: Mapping[str, Any], prompt_type: str) -> str:
 def general(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The introduction: the record's own sentences, sorted into the contract's lists."""
     name, lat, lon = facts["name"], facts.get("lat"), facts.get("lon")
-    sights: list[dict[str, Any]] = [
-        {"name": _last(detail["label"]), "type": UNKNOWN, "desc": detail["text"], "lat": None, "lon": None}
-        for detail in details_on(facts, "attractions")
-    ]
+    sights: list[dict[str, Any]] = []
+    for detail in details_on(facts, "attractions"):
+        title, words = _titled(detail)
+        sights.append({"name": title, "type": UNKNOWN, "desc": words, "lat": None, "lon": None})
     own = {"name": name, "type": _types(facts), "desc": _first(facts.get("intro")), "lat": lat, "lon": lon}
     return {
         "name": name,
@@ -49,12 +50,13 @@ def general(facts: Mapping[str, Any]) -> dict[str, Any]:
         "logistics": _all_sentences(facts, "transport"),
         "tickets_hours": [_labelled(detail) for detail in details_on(facts, "tickets")],
         "photo_spots": [
-            {"theme": _last(detail["label"]), "spot": name, "note": detail["text"]}
+            {"theme": detail["label"], "spot": title, "note": words}
             for detail in details_on(facts, "photo")
+            for title, words in (_titled(detail),)
         ],
         "attractions": [own, *sights],
         "routes": [
-            {"name": _last(detail["label"]), "duration": UNKNOWN, "steps": sentences(detail["text"])}
+            {"name": detail["label"], "duration": UNKNOWN, "steps": sentences(detail["text"])}
             for detail in details_on(facts, "routes")
         ],
         "myths": _all_sentences(facts, "myths"),
@@ -99,7 +101,7 @@ def itinerary(facts: Mapping[str, Any]) -> dict[str, Any]:
         "total_duration": "；".join(texts_on(facts, "duration")) or UNKNOWN,
         "steps": steps,
         "photo_spots": [
-            {"theme": _last(detail["label"]), "spot": detail["text"], "time": UNKNOWN}
+            {"theme": detail["label"], "spot": detail["text"], "time": UNKNOWN}
             for detail in details_on(facts, "photo")
         ],
         "tips": tips,
@@ -193,12 +195,16 @@ def _place(facts: Mapping[str, Any]) -> str:
     return city if city.startswith(province) else province + city
 
 
-def _last(label: str) -> str:
-    return label.rsplit(" ", 1)[-1]
+def _titled(detail: Detail) -> tuple[str, str]:
+    """What a detail is about and what it says: `景点 太和殿：…` is about 太和殿; a bare name says nothing."""
+    title = detail["label"].partition(" ")[2]
+    if title:
+        return title, detail["text"]
+    return (detail["text"], UNKNOWN) if _BARE_NAME.fullmatch(detail["text"]) else (UNKNOWN, detail["text"])
 
 
 def _labelled(detail: Detail) -> str:
-    return f"{_last(detail['label'])}：{detail['text']}"
+    return f"{detail['label']}：{detail['text']}"
 
 
 def _ended(text: str) -> str:

@@ -22,6 +22,8 @@ _HEADING = re.compile(r"\n[^\S\n]*[#*\-\s]*(?:English|英文)[^\n。.]{0,30}$", 
 _REPEATED = re.compile(r"(.{2,60}?)\1{3,}", re.DOTALL)
 _SENTENCE = re.compile(r"[^。！？.!?\n]{8,}[。！？.!?]")
 
+_CLAUSE = re.compile("[㐀-鿿“”《》、\\d]{10,}(?=[，；。：！？])")
+
 _CHINESE_SUBJECTS = (
     ("history", re.compile(r"历史|年|代|世纪|始建|建于|古|相传|传说|朝|沿革")),
     ("transport", re.compile(
@@ -93,13 +95,15 @@ def _finished(part: str) -> bool:
 
 
 def _loop(text: str) -> str | None:
+    """The beginning of words that come again and again, or None."""
     for repeated in _REPEATED.finditer(text):
         if str(repeated[1]).strip(" -=*_.…—\n"):  # a rule of dashes is no loop
             return str(repeated[1]).strip()[:24]
-    sentences = Counter(match.strip() for match in _SENTENCE.findall(text))
-    for sentence, count in sentences.items():
-        if count >= 3:
-            return sentence[:24]
+    for pattern in (_SENTENCE, _CLAUSE):
+        counted = Counter(str(found).strip() for found in pattern.findall(text))
+        for words, count in counted.items():
+            if count >= 3:
+                return words[:24]
     for length, alphabet in ((16, _HAN), (60, None)):
         chunks: dict[str, list[int]] = {}
         for place in range(0, len(text) - length + 1):
@@ -107,7 +111,14 @@ def _loop(text: str) -> str | None:
         for chunk, places in chunks.items():
             if alphabet is not None and len(alphabet.findall(chunk)) < length // 2:
                 continue  # an English name of 16 letters may well occur three times
-            apart = [b for a, b in zip([-length, *places], places, strict=False) if b - a >= length]
-            if len(apart) >= 4:
+            if _apart(places, length) >= 4:
                 return chunk[:24]
     return None
+
+
+def _apart(places: list[int], length: int) -> int:
+    count, end = 0, 0
+    for place in places:
+        if place >= end:
+            count, end = count + 1, place + length
+    return count

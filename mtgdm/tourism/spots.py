@@ -21,6 +21,9 @@ from mtgdm.tourism.record import Detail, Facts, topic
 
 EXAMPLE = '{"name":"故宫博物院","province":"北京市","text_zh":{"short_intro":"…"}}'
 
+MAX_DEPTH = 64
+"""Of nested details; more is a program gone wrong, not a collector's record."""
+
 _READ_KEYS = frozenset(
     {"name", "province", "city", "lat", "lon", "geo", "text_zh"}
     | {"name_en", "level", "year_5a", "unesco", "types", "best_season"}
@@ -37,6 +40,8 @@ _OTHER_FORMATS = (
     (b"\xff\xfe", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 {name} > spots.jsonl"),
     (b"\xfe\xff", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 {name} > spots.jsonl"),
 )
+_NAME_KEYS = ("name", "title", "名称", "标题")
+_DESCRIPTION_KEYS = {"desc", "description", "intro", "text", "content", "note", "简介", "介绍", "说明"}
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -71,13 +76,12 @@ def read(path: Path, on_bad: BadRecord) -> Iterator[Record]:
         _refuse_other_formats(path, stream.peek(512)[:512])
         seen = False
         for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = line.removeprefix(_BOM)
+            line = line.removeprefix(_BOM)  # on any line: files are joined with cat
             if not line.strip():
                 continue
             seen = True
             try:
-                yield _record(_parse(line))
+                yield _record(_parse(line, path.name))
             except _BadSpot as bad:
                 on_bad(BadRow(path, number, bad.reason, hint=bad.hint))
             except RecursionError:
@@ -102,7 +106,7 @@ def _array_hint(name: str) -> str:
     return f"turn it into lines: jq -c '.[]' {name} > spots.jsonl"
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes, file_name: str) -> dict[str, Any]:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -113,15 +117,16 @@ def _parse(line: bytes) -> dict[str, Any]:
         )
         raise _BadSpot(f"not UTF-8 at byte {error.start + 1}", hint) from None
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         if error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated"):
             raise _BadSpot(f"the line is cut short: {error.msg} at character {error.pos + 1}") from None
-        raise _BadSpot(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+        bare = "lines end in a bare carriage return; end them in \\n" if "\r{" in text else None
+        raise _BadSpot(f"not JSON: {error.msg} at character {error.pos + 1}", bare) from None
     except ValueError as error:
         raise _BadSpot(f"not JSON: {str(error).split(':')[0]}") from None
     if isinstance(value, list):
-        raise _BadSpot("a JSON array, not an object", _array_hint("FILE"))
+        raise _BadSpot("a JSON array, not an object", _array_hint(file_name))
     if not isinstance(value, dict):
         raise _BadSpot(f"{_kind(value)}, not an object", f"each line is one spot: {EXAMPLE}")
     return value
@@ -129,6 +134,10 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
+
+
+# Not strict: a raw tab or newline code inside a string is mess, not damage, and `clean` removes it.
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant)
 
 
 def _record(spot: Mapping[str, Any]) -> Record:
@@ -243,18 +252,38 @@ def _texts(spot: Mapping[str, Any]) -> tuple[str | None, list[Detail]]:
     return _text(texts, "short_intro"), list(_flat(texts.get("details"), ""))
 
 
-def _flat(value: Any, label: str) -> Iterator[Detail]:
+def _flat(value: Any, label: str, depth: int = 1) -> Iterator[Detail]:
     """Nested details as labelled texts; the labels of the path are joined by a space."""
+    if depth > MAX_DEPTH:
+        raise _BadSpot(f"'details' is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flat(inner, f"{label} {clean(key).replace(' ', '_')}".strip())
+            yield from _flat(inner, f"{label} {clean(key)}".strip(), depth + 1)
     elif isinstance(value, list):
         for inner in value:
-            yield from _flat(inner, label)
+            flat = _named if isinstance(inner, dict) else _flat
+            yield from flat(inner, label, depth + 1)
     elif value is not None:
         text = clean(value) if isinstance(value, str) else _scalar(value)
         if text:
             yield {"label": label or "详情", "text": text}
+
+
+def _named(item: Mapping[str, Any], label: str, depth: int) -> Iterator[Detail]:
+    """An item of a list of objects: its name joins the label, its description needs none of its own."""
+    key = next((key for key in _NAME_KEYS if isinstance(item.get(key), str) and clean(item[key])), None)
+    if key is None:
+        yield from _flat(item, label, depth)
+        return
+    rest = {inner_key: value for inner_key, value in item.items() if inner_key != key}
+    described = False
+    for inner_key, value in rest.items():
+        inner_label = "" if inner_key.lower() in _DESCRIPTION_KEYS else clean(inner_key)
+        for detail in _flat(value, f"{label} {clean(item[key])} {inner_label}".strip(), depth + 1):
+            described = True
+            yield detail
+    if not described:
+        yield {"label": label or "详情", "text": clean(item[key])}
 
 
 def _scalar(value: float | bool) -> str:
