@@ -30,5 +30,9 @@ def chosen_checkpoint(model: str | None, folder: Path) -> str:
         return model
     found = newest_checkpoint(folder)
     if found is None:
-        raise UserError("there is no finished checkpoint", where=folder, hint="run `mtgdm train`, or name one with --model")
+        raise UserError(
+            "there is no finished checkpoint",
+            where=folder,
+            hint="run `mtgdm train`, or name one with --model",
+        )
     return str(found)

@@ -36,10 +36,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config_app = typer.Typer(help="Settings: every value with its source, and the JSON Schema of a profile.", no_args_is_help=True)
+config_app = typer.Typer(
+    help="Settings: every value with its source, and the JSON Schema of a profile.", no_args_is_help=True
+)
 app.add_typer(config_app, name="config", rich_help_panel="Settings")
 
-_EXTRAS = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "jinja2", "tokenizers"}
+_EXTRAS = {
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "safetensors",
+    "jinja2",
+    "tokenizers",
+}
 _COMPLETING = "_MTGDM_COMPLETE"
 """Set by the shell while it asks for completions, where a warning would land in the user's prompt."""
 _terminal = Terminal()
@@ -78,7 +89,9 @@ StageOption = Annotated[str | None, typer.Option(metavar="STAGE", autocompletion
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say where settings and errors come from.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say where settings and errors come from.")
+    ] = False,
 ) -> None:
     if version:
         typer.echo(f"mtgdm {__version__}")
@@ -104,7 +117,9 @@ def _add_stages(registry: Registry) -> None:
 def _add_stage(stage: Stage[Any]) -> None:
     """Register the command of a stage, its options built from its Config."""
     parameters = [
-        inspect.Parameter("profile", inspect.Parameter.KEYWORD_ONLY, annotation=ProfileOption, default="default")
+        inspect.Parameter(
+            "profile", inspect.Parameter.KEYWORD_ONLY, annotation=ProfileOption, default="default"
+        )
     ]
     flags: dict[str, str] = {}
     defaults = stage.config.model_construct().model_dump(mode="json", by_alias=True)
@@ -197,7 +212,8 @@ def _load(name: str) -> Profile:
 def run_all(
     profile: ProfileOption = "default",
     from_: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Begin here.", autocompletion=_complete_stage)
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Begin here.", autocompletion=_complete_stage),
     ] = None,
     to: Annotated[
         str | None, typer.Option("--to", metavar="STAGE", help="End here.", autocompletion=_complete_stage)
@@ -300,7 +316,9 @@ def plan(profile: ProfileOption = "default", as_json: JsonOption = False) -> Non
             [
                 one["stage"],
                 one["state"],
-                ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in list(one.items())[2:]),
+                ", ".join(
+                    f"{key.replace('_', ' ')} {_number(value)}" for key, value in list(one.items())[2:]
+                ),
             ]
             for one in found
         ],
@@ -370,7 +388,8 @@ def profiles(as_json: JsonOption = False) -> None:
         _print_json(found)
         return
     _terminal.table(
-        ["profile", "what for", "lies in"], [[one["profile"], one["description"], one["path"]] for one in found]
+        ["profile", "what for", "lies in"],
+        [[one["profile"], one["description"], one["path"]] for one in found],
     )
 
 
@@ -388,11 +407,15 @@ def config_show(
     chosen = [registry.stage(stage)] if stage else list(registry.stages.values())
     resolved = {one.section: settings_for(one, loaded, {}).values for one in chosen}
     if as_json:
-        top = {} if stage else {
-            "domain": loaded.domain,
-            "workspace": str(loaded.workspace),
-            "pipeline": loaded.pipeline,
-        }
+        top = (
+            {}
+            if stage
+            else {
+                "domain": loaded.domain,
+                "workspace": str(loaded.workspace),
+                "pipeline": loaded.pipeline,
+            }
+        )
         sections = {
             section: {key: value.model_dump(mode="json") for key, value in values.items()}
             for section, values in resolved.items()
@@ -437,7 +460,13 @@ def _short(path: Path, profile: Profile) -> str:
 
 
 def _value(value: Any) -> str:
-    return "" if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return (
+        ""
+        if value is None
+        else json.dumps(value, ensure_ascii=False)
+        if not isinstance(value, str)
+        else value
+    )
 
 
 def _number(value: Any) -> str:

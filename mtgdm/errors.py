@@ -1,9 +1,9 @@
 """What a user can act on: one line, the place it happened, a hint that can be pasted.
 
-    MtgdmError              everything mtgdm raises on purpose
-    ├── UserError           the input or the surroundings are wrong        exit code 1
-    │   └── BadRow          one line of a file of rows is wrong            exit code 1
-    └── SettingError        a flag, a profile or a setting is wrong        exit code 2
+MtgdmError              everything mtgdm raises on purpose
+├── UserError           the input or the surroundings are wrong        exit code 1
+│   └── BadRow          one line of a file of rows is wrong            exit code 1
+└── SettingError        a flag, a profile or a setting is wrong        exit code 2
 """
 
 from __future__ import annotations

@@ -17,7 +17,17 @@ from mtgdm import __version__
 from mtgdm.errors import UserError
 from mtgdm.rows import manifest_path, replace
 
-_WATCHED = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "httpx", "pydantic", "plotly", "kaleido")
+_WATCHED = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "tokenizers",
+    "httpx",
+    "pydantic",
+    "plotly",
+    "kaleido",
+)
 
 
 class FileState(BaseModel):
@@ -78,7 +88,9 @@ def read(output: Path) -> Manifest | None:
         return None
     except ValidationError as error:
         raise UserError(
-            "this manifest cannot be read", where=path, hint="delete it: the stage then counts as not finished"
+            "this manifest cannot be read",
+            where=path,
+            hint="delete it: the stage then counts as not finished",
         ) from error
 
 

@@ -99,7 +99,9 @@ def find_profile(name: str, beside: Path | None = None) -> Path:
             path = beside.parent / path
         if path.is_file():
             return path
-        raise SettingError(f"there is no profile file {path}", hint="`mtgdm profiles` lists those that can be named")
+        raise SettingError(
+            f"there is no profile file {path}", hint="`mtgdm profiles` lists those that can be named"
+        )
     files = profile_files()
     if beside is not None and beside.stem == name and beside.parent != shipped("configs"):
         # A profile of one's own may extend the shipped one of the same name.
@@ -166,14 +168,18 @@ def _load(path: Path, known: set[str], above: tuple[Path, ...]) -> Profile:
         section = key.replace("-", "_")
         if section not in known:
             raise SettingError(
-                f"unknown key '{key}'", where=_place(path, key_node), hint=nearest(section, {*known, *_TOP_LEVEL})
+                f"unknown key '{key}'",
+                where=_place(path, key_node),
+                hint=nearest(section, {*known, *_TOP_LEVEL}),
             )
         profile.section_sources.setdefault(section, _place(path, key_node))
         target = profile.sections.setdefault(section, {})
         if isinstance(value_node, yaml.ScalarNode) and _plain(path, value_node) is None:
             continue
         if not isinstance(value_node, yaml.MappingNode):
-            raise SettingError(f"the section '{key}' is a mapping of settings", where=_place(path, value_node))
+            raise SettingError(
+                f"the section '{key}' is a mapping of settings", where=_place(path, value_node)
+            )
         for name, (name_node, setting_node) in _pairs(path, value_node).items():
             target[name] = Sourced(_plain(path, setting_node), _place(path, name_node))
     _check_top(profile, path)
@@ -188,7 +194,9 @@ def _check_top(profile: Profile, path: Path) -> None:
         value = profile.top["pipeline"].value
         if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
             raise SettingError("`pipeline` is a list of stage names", where=profile.top["pipeline"].source)
-    profile.description = str(profile.top["description"].value).strip() if "description" in profile.top else ""
+    profile.description = (
+        str(profile.top["description"].value).strip() if "description" in profile.top else ""
+    )
 
 
 def _compose(path: Path) -> yaml.Node | None:
@@ -259,8 +267,10 @@ def settings_for(
     values = config.model_dump(mode="json", by_alias=True)
     return Settings(
         config,
-        {key: SettingValue(value=value, source=chosen[key].source if key in chosen else "default")
-         for key, value in values.items()},
+        {
+            key: SettingValue(value=value, source=chosen[key].source if key in chosen else "default")
+            for key, value in values.items()
+        },
     )
 
 
@@ -275,20 +285,18 @@ def keys_of(config: type[StageConfig]) -> dict[str, str]:
     return keys
 
 
-def check_environment(
-    stages: Iterable[Stage[Any]], environment: Mapping[str, str] = os.environ
-) -> None:
+def check_environment(stages: Iterable[Stage[Any]], environment: Mapping[str, str] = os.environ) -> None:
     """SettingError for a variable `MTGDM_<STAGE>_<KEY>` whose stage exists and whose key does not."""
     by_prefix = {f"MTGDM_{stage.section.upper()}_": stage for stage in stages}
     for variable in sorted(environment):
         prefixes = [prefix for prefix in by_prefix if variable.startswith(prefix)]
         if not prefixes:
             continue
-        known = {
-            f"{prefix}{key.upper()}" for prefix in prefixes for key in keys_of(by_prefix[prefix].config)
-        }
+        known = {f"{prefix}{key.upper()}" for prefix in prefixes for key in keys_of(by_prefix[prefix].config)}
         if variable not in known:
-            raise SettingError(f"unknown setting in the environment: {variable}", hint=nearest(variable, known))
+            raise SettingError(
+                f"unknown setting in the environment: {variable}", hint=nearest(variable, known)
+            )
 
 
 def _from_environment(
@@ -312,7 +320,9 @@ def _validate(stage: Stage[Any], values: dict[str, Any], chosen: Mapping[str, So
         source = chosen[key].source if key in chosen else f"section '{stage.section}'"
         message = first["msg"].removeprefix("Value error, ")
         wrong = f"{stage.section}.{key} = {first['input']!r}: {message}" if key else message
-        raise SettingError(wrong, where=source, hint=f"`mtgdm {stage.name} --help` lists the settings") from error
+        raise SettingError(
+            wrong, where=source, hint=f"`mtgdm {stage.name} --help` lists the settings"
+        ) from error
 
 
 # --- schema --------------------------------------------------------------------------------------
@@ -325,7 +335,11 @@ def profile_schema(stages: Iterable[Stage[Any]]) -> dict[str, Any]:
         "extends": {"type": "string", "description": "The profile this one starts from."},
         "description": {"type": "string", "description": "One line of what the profile is for."},
         "domain": {"type": "string", "description": "The domain plugin.", "default": "tourism"},
-        "workspace": {"type": "string", "description": "The folder relative paths lie under.", "default": "."},
+        "workspace": {
+            "type": "string",
+            "description": "The folder relative paths lie under.",
+            "default": ".",
+        },
         "pipeline": {
             "type": "array",
             "items": {"type": "string"},

@@ -144,9 +144,14 @@ def read_rows(path: Path, *, answered: bool | None = None) -> Iterator[Row]:
     for number, line in read_lines(path):
         row = _row(path, number, parse_object(path, number, line))
         if answered is True and row.answer is None:
-            raise row.bad("the row has no answer", hint="is this the prompts file? answers come from `mtgdm teacher`")
+            raise row.bad(
+                "the row has no answer", hint="is this the prompts file? answers come from `mtgdm teacher`"
+            )
         if answered is False and row.answer is not None:
-            raise row.bad("the row already has an answer", hint="is this a teacher file? prompts come from `mtgdm prompts`")
+            raise row.bad(
+                "the row already has an answer",
+                hint="is this a teacher file? prompts come from `mtgdm prompts`",
+            )
         yield row
 
 
@@ -160,7 +165,9 @@ def _row(path: Path, number: int, value: dict[str, Any]) -> Row:
             or message.get("role") not in _ROLES
             or not isinstance(message.get("content"), str)
         ):
-            raise BadRow(path, number, "a message needs `role` (system, user, assistant) and a text `content`")
+            raise BadRow(
+                path, number, "a message needs `role` (system, user, assistant) and a text `content`"
+            )
     if all(message["role"] != "user" for message in messages):
         raise BadRow(path, number, "`messages` holds no user turn")
     meta = value.pop("meta", None)
@@ -215,7 +222,7 @@ def replace(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         manifest_path(path).unlink(missing_ok=True)
-        os.replace(beside, path)
+        Path(beside).replace(path)
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -259,7 +266,9 @@ class Journal:
             self._repair_tail()
             self._scan()
         self._file = self.path.open("ab", buffering=0)
-        self._syncer = threading.Thread(target=self._sync_regularly, name=f"fsync {self.path.name}", daemon=True)
+        self._syncer = threading.Thread(
+            target=self._sync_regularly, name=f"fsync {self.path.name}", daemon=True
+        )
         self._syncer.start()
         return self
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -173,7 +173,7 @@ def stage(function: Callable[[ConfigT, Context], Result | None]) -> Stage[Config
     config = hints.get(parameters[0]) if parameters else None
     if len(parameters) != 2 or not (isinstance(config, type) and issubclass(config, StageConfig)):
         raise TypeError(f"{function.__qualname__} must be run(config: SomeStageConfig, context: Context)")
-    return Stage(function, config)
+    return Stage(function, cast(type[ConfigT], config))
 
 
 class Context:

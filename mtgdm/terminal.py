@@ -1,4 +1,4 @@
-"""The terminal: the only importer of rich. Text goes to standard output, warnings and progress to standard error."""
+"""The terminal: the only importer of rich. Text goes to stdout, warnings and progress to stderr."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class Terminal:
         if error.hint:
             self._err.print(Text.assemble(("hint: ", "cyan"), error.hint))
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
+    ) -> None:
         """A table on standard output; columns whose name begins with `#` are numbers."""
         table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for column in columns:
@@ -180,8 +182,12 @@ class PlainProgress(Progress):
         elapsed_s = self._printed - self._started
         rate = (self._done - self._begun) / elapsed_s if elapsed_s > 0 else 0.0
         count = f"{self._done:,}" if self._total is None else f"{self._done:,}/{self._total:,}"
-        parts = [f"{self._title}: {count} {self._unit}", f"{_rounded(rate)} {self._unit}/s", _clock(elapsed_s)]
-        if self._total is not None and 0 < rate and self._done < self._total:
+        parts = [
+            f"{self._title}: {count} {self._unit}",
+            f"{_rounded(rate)} {self._unit}/s",
+            _clock(elapsed_s),
+        ]
+        if self._total is not None and rate > 0 and self._done < self._total:
             parts.append(f"{_clock((self._total - self._done) / rate)} left")
         if self._note:
             parts.append(self._note)

@@ -77,5 +77,3 @@ def run(
     outputs = result.outputs or resolved.config.resolved(profile.workspace).outputs()
     manifests = [made for output in outputs if (made := read(output)) is not None]
     return StageRun(result, terminal.printed, terminal.warnings, manifests)
-
-

@@ -46,7 +46,12 @@ def run(config: PromptsConfig, context: Context) -> Result:
 
     def on_bad(bad: BadRow) -> None:
         if not config.skip_bad:
-            raise BadRow(bad.path, bad.line, bad.reason, hint=bad.hint or "mend the line, or leave bad lines out with --skip-bad")
+            raise BadRow(
+                bad.path,
+                bad.line,
+                bad.reason,
+                hint=bad.hint or "mend the line, or leave bad lines out with --skip-bad",
+            )
         skipped.append(bad)
         context.log.warning("skipped %s", bad)
         if len(skipped) <= SHOWN_BAD_LINES:
@@ -81,7 +86,9 @@ def run(config: PromptsConfig, context: Context) -> Result:
             reason = "no line could be used" if skipped else "there is no record in this file"
             raise UserError(reason, where=config.spots)
     if len(skipped) > SHOWN_BAD_LINES:
-        context.terminal.warn(f"and {len(skipped) - SHOWN_BAD_LINES:,} more bad lines, all in {context.log_path('.log')}")
+        context.terminal.warn(
+            f"and {len(skipped) - SHOWN_BAD_LINES:,} more bad lines, all in {context.log_path('.log')}"
+        )
     return Result(
         counts={
             "spots": counts["spots"],

@@ -1,0 +1,167 @@
+"""What is installed and reachable, and the command that mends what is not."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel
+
+from mtgdm.errors import MtgdmError
+from mtgdm.plugins import named
+from mtgdm.profiles import Profile, settings_for
+
+if TYPE_CHECKING:
+    from mtgdm.registry import Registry
+
+_TRAINING = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+_FREE_GIB = 10
+
+
+class Finding(BaseModel):
+    """One thing that was looked at; `mend` is a command, empty where nothing is to be done."""
+
+    state: Literal["ok", "note", "wrong"]
+    what: str
+    found: str
+    mend: str = ""
+
+
+def examine(profile: Profile, registry: Registry) -> list[Finding]:
+    """Look at Python, the libraries, the GPU, the browser, fonts, disk, plugins and what the profile names."""
+    return [
+        Finding(state="ok", what="Python", found=sys.version.split()[0]),
+        *_libraries(),
+        *_gpu(),
+        *_browser(),
+        *_fonts(),
+        *_disk(profile),
+        *_plugins(registry),
+        *_spots(profile, registry),
+        *_teacher(profile, registry),
+    ]
+
+
+def _libraries() -> Iterator[Finding]:
+    missing = []
+    for name in _TRAINING:
+        try:
+            yield Finding(state="ok", what=name, found=metadata.version(name))
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        yield Finding(
+            state="wrong",
+            what="training",
+            found=f"not installed: {', '.join(missing)}",
+            mend='pip install "mtgdm[train]"',
+        )
+
+
+def _gpu() -> Iterator[Finding]:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            memory_gib = properties.total_memory / 2**30
+            yield Finding(state="ok", what=f"GPU {number}", found=f"{properties.name}, {memory_gib:.0f} GiB")
+    elif torch.version.cuda is None:
+        yield Finding(
+            state="note",
+            what="GPU",
+            found="this torch is built for the CPU alone",
+            mend="https://pytorch.org/get-started/locally names the command for your GPU",
+        )
+    else:
+        yield Finding(state="note", what="GPU", found="none that torch can use", mend="nvidia-smi")
+
+
+def _browser() -> Iterator[Finding]:
+    from mtgdm.charts.export import find_browser, install_hint
+
+    found = find_browser()
+    if found is None:
+        yield Finding(
+            state="note", what="browser", found="none: reports come without PNG charts", mend=install_hint()
+        )
+    else:
+        yield Finding(state="ok", what="browser", found=str(found))
+
+
+def _fonts() -> Iterator[Finding]:
+    if not sys.platform.startswith("linux"):
+        return  # Windows and macOS bring Chinese fonts
+    listing = shutil.which("fc-list")
+    listed = subprocess.run([listing, ":lang=zh"], capture_output=True, check=False) if listing else None
+    if listed is not None and listed.stdout.strip():
+        yield Finding(state="ok", what="Chinese font", found="there is one")
+    else:
+        yield Finding(
+            state="note",
+            what="Chinese font",
+            found="none: charts would show empty boxes",
+            mend="sudo apt-get install fonts-noto-cjk",
+        )
+
+
+def _disk(profile: Profile) -> Iterator[Finding]:
+    folder = profile.workspace
+    while not folder.exists():
+        folder = folder.parent
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    state: Literal["ok", "note"] = "ok" if free_gib >= _FREE_GIB else "note"
+    yield Finding(state=state, what="disk", found=f"{free_gib:.0f} GiB free for {profile.workspace}")
+
+
+def _plugins(registry: Registry) -> Iterator[Finding]:
+    for plugin in registry.broken:
+        yield Finding(
+            state="wrong",
+            what=f"stage {plugin.name}",
+            found=plugin.error or "",
+            mend=f"pip install --upgrade {plugin.package}",
+        )
+
+
+def _spots(profile: Profile, registry: Registry) -> Iterator[Finding]:
+    if "prompts" not in registry.stages:
+        return
+    for path in settings_for(registry.stage("prompts"), profile, {}).config.resolved(profile.workspace).inputs():
+        if path.is_file():
+            yield Finding(state="ok", what="records", found=str(path))
+        else:
+            yield Finding(
+                state="wrong",
+                what="records",
+                found=f"there is no {path}",
+                mend="mtgdm prompts --spots FILE, or `spots:` in the profile's section prompts",
+            )
+
+
+def _teacher(profile: Profile, registry: Registry) -> Iterator[Finding]:
+    if "teacher" not in registry.stages:
+        return
+    import asyncio
+
+    config = settings_for(registry.stage("teacher"), profile, {}).config
+    name: str = getattr(config, "backend", "")
+    try:
+        domain = named("mtgdm.domains", profile.domain, "domain")()
+        backend = named("mtgdm.teachers", name, "teacher backend")(config, domain)
+
+        async def check() -> None:
+            async with backend:
+                await backend.check()
+
+        asyncio.run(check())
+    except MtgdmError as error:
+        yield Finding(state="wrong", what=f"teacher {name}", found=str(error), mend=error.hint or "")
+        return
+    yield Finding(state="ok", what=f"teacher {name}", found=backend.model or "ready")

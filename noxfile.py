@@ -1,0 +1,104 @@
+"""The project's commands: `nox -s quickstart`, `nox -s tests`, `nox -s lint`, `nox -s bench`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+from nox.command import CommandFailed
+
+nox.needs_version = ">=2025.2.9"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "tests"]
+
+DEBIAN_PACKAGES = ("chromium", "fonts-noto-cjk", "fonts-inter")
+FIND_BROWSER = """\
+import pathlib, sys
+from choreographer.browsers.chromium import Chromium
+found = Chromium.find_browser(skip_local=False)
+sys.exit(0 if found and pathlib.Path(found).is_file() else 1)
+"""
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Set up, then run the whole chain on the sample, offline and on the CPU, in the folder quickstart/."""
+    _install(session)
+    _provide_browser(session)
+    folder = Path("quickstart")
+    folder.mkdir(exist_ok=True)
+    with session.chdir(folder):
+        session.run("mtgdm", "all", "--profile", "quickstart", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests."""
+    _install(session, "tests")
+    _provide_browser(session)
+    session.run("pytest", "-n", "auto", *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and types."""
+    _install(session, "tests", "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what the README claims about speed: ratios, side by side in one run."""
+    _install(session)
+    for script in sorted(Path("tests/bench").glob("*.py")):
+        session.run("python", str(script), *session.posargs)
+
+
+def _install(session: nox.Session, *groups: str) -> None:
+    wanted = [part for group in groups for part in ("--group", group)]
+    session.install("-c", "constraints.txt", "-e", ".[train]", *wanted)
+
+
+def _provide_browser(session: nox.Session) -> None:
+    """Chromium draws the PNG charts; where it is missing, install it the system's way or say how."""
+    if _has_browser(session) and _has_chinese_font():
+        return
+    if shutil.which("apt-get"):
+        before = [] if getattr(os, "geteuid", lambda: 1)() == 0 else ["sudo", "-n"]
+        if not before or (shutil.which("sudo") and _works(session, *before, "true")):
+            apt = [*before, "apt-get"]
+            _works(session, *apt, "update", "-qq")
+            _works(session, *apt, "install", "-y", "-qq", "--no-install-recommends", *DEBIAN_PACKAGES)
+    if not _has_browser(session):
+        _works(session, "plotly_get_chrome", "-y")
+    if not _has_browser(session):
+        session.warn("no Chrome or Chromium was found: reports come without PNG charts")
+        if sys.platform.startswith("linux"):
+            session.warn(f"mend it with: sudo apt-get install {' '.join(DEBIAN_PACKAGES)}")
+    elif not _has_chinese_font():
+        session.warn("no Chinese font was found: mend it with sudo apt-get install fonts-noto-cjk")
+
+
+def _has_browser(session: nox.Session) -> bool:
+    return _works(session, "python", "-c", FIND_BROWSER)
+
+
+def _has_chinese_font() -> bool:
+    if not sys.platform.startswith("linux") or not (fc_list := shutil.which("fc-list")):
+        return not sys.platform.startswith("linux")
+    listed = subprocess.run([fc_list, ":lang=zh"], capture_output=True, check=False)
+    return bool(listed.stdout.strip())
+
+
+def _works(session: nox.Session, *command: str) -> bool:
+    try:
+        session.run(*command, external=True, silent=True, log=False)
+    except CommandFailed:
+        return False
+    return True

@@ -1,0 +1,139 @@
+"""Settings: where they come from, and how a wrong one is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mtgdm.profiles import PIPELINE, load_profile, profile_files, profile_schema, settings_for
+from mtgdm.registry import discover
+from mtgdm.shipped import shipped
+from tests.conftest import CommandLine
+
+REGISTRY = discover()
+SHIPPED = sorted(path.stem for path in shipped("configs").glob("*.yaml"))
+
+
+def test_the_promised_profiles_are_shipped() -> None:
+    assert {"default", "quickstart", "ollama-32b", "vllm", "qwen2.5-3b", "qwen2.5-32b-qlora"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_profile_is_whole(name: str) -> None:
+    profile = load_profile(name, REGISTRY.sections)
+    assert profile.description
+    assert profile.pipeline == list(PIPELINE)
+    for stage in REGISTRY.stages.values():
+        settings_for(stage, profile, {}, environment={})
+
+
+def test_shipped_profiles_are_found_from_any_folder(mtgdm: CommandLine) -> None:
+    found = mtgdm("profiles", "--json").json
+    assert set(SHIPPED) <= {one["profile"] for one in found}
+    assert all(one["description"] and Path(one["path"]).is_absolute() for one in found)
+
+
+def a_profile(folder: Path, text: str, name: str = "mine") -> None:
+    (folder / "configs").mkdir(exist_ok=True)
+    (folder / "configs" / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def shown(mtgdm: CommandLine, key: str, env: dict[str, str] | None = None) -> tuple[object, str]:
+    ran = mtgdm("config", "show", "prompts", "--profile", "mine", "--json", env=env)
+    assert ran.code == 0, ran.err
+    value = ran.json["prompts"][key]
+    return value["value"], value["source"]
+
+
+def test_a_value_comes_from_default_profile_environment_flag_in_this_order(mtgdm: CommandLine) -> None:
+    a_profile(mtgdm.folder, "extends: default\nprompts:\n  limit: 3\n")
+    assert shown(mtgdm, "skip_bad") == (False, "default")
+    value, source = shown(mtgdm, "limit")
+    assert (value, Path(source).name) == (3, "mine.yaml:3")
+    assert shown(mtgdm, "limit", {"MTGDM_PROMPTS_LIMIT": "4"}) == (4, "$MTGDM_PROMPTS_LIMIT")
+
+
+def test_extending_merges_key_by_key_and_keeps_the_source(mtgdm: CommandLine) -> None:
+    a_profile(mtgdm.folder, "prompts:\n  limit: 3\n  seed: 5\n", name="lower")
+    a_profile(mtgdm.folder, "extends: lower\nprompts:\n  limit: 9\n")
+    assert shown(mtgdm, "limit")[0] == 9
+    value, source = shown(mtgdm, "seed")
+    assert (value, Path(source).name) == (5, "lower.yaml:3")
+
+
+def test_a_profile_of_ones_own_may_extend_the_shipped_one_of_its_name(mtgdm: CommandLine) -> None:
+    a_profile(mtgdm.folder, "extends: quickstart\nprompts:\n  limit: 2\n", name="quickstart")
+    ran = mtgdm("config", "show", "prompts", "--profile", "quickstart", "--json")
+    assert ran.json["prompts"]["limit"]["value"] == 2
+    assert ran.json["prompts"]["spots"]["value"] == "shipped:data/sample/spots.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "said"),
+    [
+        ("promts:\n  limit: 3\n", "mine.yaml:1", "'prompts'"),
+        ("prompts:\n  limitt: 3\n", "mine.yaml:2", "'limit'"),
+        ("prompts:\n  limit: many\n", "mine.yaml:2", "valid integer"),
+        ("prompts:\n  limit: -1\n", "mine.yaml:2", "greater than or equal to 0"),
+        ("prompts:\n  limit: 1\n  limit: 2\n", "mine.yaml:3", "stands twice"),
+        ("prompts: 3\n", "mine.yaml:1", "mapping"),
+        ("- 1\n", "mine.yaml:1", "mapping"),
+        ("prompts:\n  limit: [1\n", "mine.yaml", "not YAML"),
+        ("a: &x 1\nextends: nothing\n", "mine.yaml:2", "no profile 'nothing'"),
+        ("extends: mine.yaml\n", "mine.yaml", "extends itself"),
+        ("workspace: 3\n", "mine.yaml:1", "`workspace` is a text"),
+        ("pipeline: prompts\n", "mine.yaml:1", "list of stage names"),
+        ("domain: [tourism]\n", "mine.yaml:1", "`domain` is a text"),
+        ("prompts:\n  limit: !!python/name:os.system\n", "mine.yaml:2", "could not determine a constructor"),
+    ],
+)
+def test_what_is_wrong_in_a_profile_is_named_with_its_line(
+    mtgdm: CommandLine, text: str, place: str, said: str
+) -> None:
+    a_profile(mtgdm.folder, text)
+    ran = mtgdm("config", "show", "--profile", "mine")
+    assert ran.code == 2
+    assert place in ran.err
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_a_pipeline_with_an_unknown_stage_is_refused_before_anything_runs(mtgdm: CommandLine) -> None:
+    a_profile(mtgdm.folder, "extends: quickstart\npipeline: [prompts, teachr]\n")
+    ran = mtgdm("all", "--profile", "mine")
+    assert (ran.code, "mine.yaml:2" in ran.err, "'teacher'" in ran.err) == (2, True, True)
+    assert not (mtgdm.folder / "data").exists()
+
+
+def test_a_typo_in_the_environment_is_refused(mtgdm: CommandLine) -> None:
+    ran = mtgdm("config", "show", env={"MTGDM_PROMPTS_LIMITS": "3"})
+    assert (ran.code, "MTGDM_PROMPTS_LIMIT'" in ran.err) == (2, True)
+
+
+def test_a_wrong_value_in_the_environment_is_named(mtgdm: CommandLine) -> None:
+    ran = mtgdm("config", "show", env={"MTGDM_PROMPTS_LIMIT": "many"})
+    assert (ran.code, "$MTGDM_PROMPTS_LIMIT" in ran.err) == (2, True)
+
+
+def test_an_unknown_profile_is_answered_with_the_nearest(mtgdm: CommandLine) -> None:
+    ran = mtgdm("status", "--profile", "quickstrat")
+    assert (ran.code, "'quickstart'" in ran.err) == (2, True)
+
+
+def test_every_stage_stands_in_the_schema() -> None:
+    schema = profile_schema(REGISTRY.stages.values())
+    assert {stage.section for stage in REGISTRY.stages.values()} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+    limit = schema["properties"]["prompts"]["anyOf"][0]["properties"]["limit"]
+    assert (limit["type"], limit["description"]) == ("integer", "Only the first N spots; 0 takes all.")
+    json.dumps(schema)
+
+
+def test_the_profile_files_of_the_folder_come_before_the_shipped_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_profile(tmp_path, "description: mine\n", name="quickstart")
+    monkeypatch.chdir(tmp_path)
+    assert profile_files()["quickstart"] == Path("configs/quickstart.yaml")
