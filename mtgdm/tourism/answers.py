@@ -143,12 +143,13 @@ def english_text(facts: Mapping[str, Any]) -> str:
     kinds = english.kinds(facts.get("types") or [])
     told = "told above in Chinese" if _history(facts) or _culture(facts) else "not recorded"
     subjects = "; ".join([*([", ".join(kinds)] if kinds else []), told])
-    travel = english.travel(texts_on(facts, "transport"))
+    ways = texts_on(facts, "transport")
+    travel = english.listed(english.travel(ways)) or ("told above in Chinese" if ways else "not recorded")
     season = english.season(facts.get("best_season"))
     return (
         f"{name} {where}{rating}. "
         f"History and culture: {subjects}. "
-        f"Transport: {english.listed(travel) or 'not recorded'}. "
+        f"Transport: {travel}. "
         f"Best season: {season or 'not recorded'}. "
         "Advice: check opening hours and prices first."
     )

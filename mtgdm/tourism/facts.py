@@ -47,6 +47,7 @@ _CENTURY = re.compile(r"(?<!\d)(\d{1,2})\s*(?:世纪|(?:st|nd|rd|th)[ -][Cc]entu
 _DECADE = re.compile(r"(?<!\d)(\d{2}|\d{3}0)年代")
 _CENTURY_DECADE = re.compile(rf"({NUMERAL})\s*世纪\s*({NUMERAL})\s*年代")
 _CENTURY_ANY = re.compile(rf"({NUMERAL})\s*世纪")
+_BARE = re.compile(rf"：\s*({NUMERAL})\s*$", re.MULTILINE)
 _DECIMAL = re.compile(r"(?<![\d.])-?(\d{1,3}\.\d{2,})(?![\d.])")
 _DEGREES = re.compile(r"(\d{1,3})\s*°\s*(\d{1,2})\s*[′'’](?:\s*(\d{1,2}(?:\.\d+)?)\s*[″\"”])?")
 _LEVEL = re.compile(r"(?<![A-Za-z0-9])(?:([1-5])A(?![A-Za-z0-9])|(A{3,5})(?![A-Za-z0-9]))")
@@ -218,6 +219,8 @@ class _Support:
     text: str
     numbers: frozenset[float]
     measures: tuple[tuple[str, float], ...]
+    bare: frozenset[float]
+    """Numbers that are a whole detail, their unit in the label or nowhere: `高度（米）：468`."""
     centuries: frozenset[int]
     decades: frozenset[int]
     """First years: 1980."""
@@ -237,6 +240,7 @@ def _support(text: str) -> _Support:
         text,
         frozenset(known),
         tuple((measure.dimension, measure.value) for measure in measures(text)),
+        frozenset(value_of(numeral) for numeral in _BARE.findall(text)),
         frozenset(centuries),
         frozenset(decades),
     )
@@ -266,7 +270,8 @@ def _years(support: _Support, said: _Said) -> Iterator[str]:
             yield f"{year}年"
     for year, plural in _LATIN_YEAR.findall(said.words):
         if plural:
-            if int(year) not in support.decades and int(year) // 100 + 1 not in support.centuries:
+            whole = year.endswith("00") and int(year) // 100 + 1 in support.centuries
+            if int(year) not in support.decades and not whole:
                 yield f"{year}s"
         elif float(year) not in support.numbers:
             yield year
@@ -300,7 +305,7 @@ def _coordinates(facts: Mapping[str, Any], support: _Support, said: _Said) -> It
 
 
 def _supports_measure(support: _Support, dimension: str, value: float, words: str) -> bool:
-    if words in support.text or numbers(words) & support.numbers:
+    if words in support.text or numbers(words) & support.bare:
         return True
     tolerance = 0.0 if dimension == "money" else MEASURE_TOLERANCE * value
     return any(kind == dimension and abs(known - value) <= tolerance for kind, known in support.measures)
@@ -315,7 +320,7 @@ def _provinces(facts: Mapping[str, Any], support: _Support, said: _Said) -> Iter
         for name in said.provinces
         if english.short_province(name) in english.PROVINCES
     ]
-    for name, short in named:
+    for short, name in {short: name for name, short in reversed(named)}.items():
         if short != own and short not in support.text:
             yield name
     for name in _ENGLISH_NAME.findall(said.words):

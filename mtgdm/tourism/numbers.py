@@ -61,7 +61,10 @@ def _chinese(numeral: str) -> float:
             part += (digit or 1) * _TENS[character]
             digit = 0
         else:
-            total = (total + part + digit) * _MYRIADS[character]
+            if character == "万":  # of its own section: 两亿七千万
+                total += (part + digit) * _MYRIADS[character]
+            else:
+                total = (total + part + digit) * _MYRIADS[character]
             part = digit = 0
     return float(total + part + digit)
 

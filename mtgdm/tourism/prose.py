@@ -34,7 +34,7 @@ _CHINESE_SUBJECTS = (
 )  # fmt: skip
 _ENGLISH_SUBJECTS = (
     ("history", re.compile(
-        r"histor|century|dynast|built|founded|ancient|year|\b\d{3,4}\b|origin|legend|era\b", re.I)),
+        r"histor|century|dynast|built|founded|ancient|year|\d{3,4}|origin|\bold|legend|era\b", re.I)),
     ("transport", re.compile(
         r"transport|train|metro|subway|\bbus|rail|driv|\bcar\b|airport|flight|\bfly|station|boat|ferry|reach|access"
         r"|getting|arriv|travel|road|taxi|coach|shuttle|walk", re.I)),
