@@ -1,0 +1,282 @@
+"""Prompts to answers: ask the teacher, keep what is valid, put the rest aside with its reason."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from mtgdm.errors import UserError
+from mtgdm.plugins import named
+from mtgdm.stage import Context, Input, Output, Result, Runtime, stage
+from mtgdm.teachers.ledger import FactSums, Ledger, Prompts, Settled, count_lines, rejected_path
+from mtgdm.teachers.seam import GROUP, TeacherSettings
+from mtgdm.teachers.tokens import context_size, prompt_at_most
+
+if TYPE_CHECKING:
+    from mtgdm.domain import Domain
+    from mtgdm.rows import Row
+    from mtgdm.teachers.loop import Outcome
+    from mtgdm.teachers.seam import Backend
+
+SHOWN_REASONS = 3
+"""So many reasons of rejection are shown; the rejected file has them all."""
+
+
+class TeacherConfig(TeacherSettings):
+    """Settings of `mtgdm teacher`."""
+
+    in_: Annotated[Path, Input()] = Field(Path("data/prompts.jsonl"), alias="in")
+    """The prompts."""
+    out: Annotated[Path, Output()] = Path("data/teacher.jsonl")
+    """Where the answers go; rejected rows go beside it, to FILE.rejected.jsonl."""
+    limit: int = Field(0, ge=0)
+    """Only the first N prompts; 0 takes all. A later run without it goes on."""
+    overwrite: Annotated[bool, Runtime()] = False
+    """Start anew, instead of going on with what is there."""
+    resume: Annotated[bool, Runtime()] = False
+    """Accepted for old scripts: a run always goes on with what is there."""
+    resume_verify: Annotated[bool, Runtime()] = False
+    """First read the whole output and compare it with the prompts, row by row."""
+    retry_rejected: Annotated[bool, Runtime()] = False
+    """Ask again for the rows an earlier run rejected."""
+    strict: Annotated[bool, Runtime()] = False
+    """End with exit code 1 when any row is rejected."""
+
+    def outputs(self) -> list[Path]:
+        """The kept rows, and the rejected ones where there are any."""
+        rejected = rejected_path(self.out)
+        return [self.out, rejected] if rejected.exists() else [self.out]
+
+    def finished(self) -> tuple[int, int] | None:
+        """Rows done of rows, by counting lines."""
+        total = count_lines(self.in_)
+        if self.limit:
+            total = min(total, self.limit)
+        if not total:
+            return None
+        return min(total, count_lines(self.out) + count_lines(rejected_path(self.out))), total
+
+
+@stage
+def run(config: TeacherConfig, context: Context) -> Result:
+    """Ask the teacher: prompts in, valid answers out; the rest is put aside with its reason."""
+    teacher: type[Backend] = named(GROUP, config.backend, "teacher backend")
+    prompts = Prompts.scan(config.in_, config.limit, prompt_at_most)
+    settings: TeacherSettings = config
+    if not config.num_ctx:
+        sized = context_size(prompts.longest_tokens, config.max_tokens)
+        settings = config.model_copy(update={"num_ctx": sized})
+    backend = teacher(settings, context.domain)
+    with Ledger(config.out, backend.fingerprint, overwrite=config.overwrite) as ledger:
+        if config.resume_verify and not config.overwrite and config.out.exists():
+            ledger.verify(prompts)
+        reasons = _ask(config, context, prompts, backend, ledger)
+        settled = ledger.settle(prompts, lambda row, meta: _facts(context.domain, row, meta))
+    return _report(config, context, prompts, backend, ledger, settled, reasons)
+
+
+def _ask(
+    config: TeacherConfig, context: Context, prompts: Prompts, backend: Backend, ledger: Ledger
+) -> Counter[str]:
+    """Ask for every row that is not done; returns the reasons of the rows rejected now."""
+    done = {identity for identity in prompts.chosen() if identity in ledger.kept_ids}
+    if not config.retry_rejected:
+        done |= {identity for identity in prompts.chosen() if identity in ledger.rejected_ids}
+    reasons: Counter[str] = Counter()
+    if len(done) == prompts.asked:
+        context.print(f"all {prompts.asked:,} rows were done before: nothing is asked")
+        return reasons
+
+    import asyncio
+
+    from mtgdm.teachers.loop import Loop
+
+    kept = rejected = tokens = 0
+    log = context.log
+    log.info(
+        "%s %s, fingerprint %s, num_ctx %d: %d prompts, %d done",
+        config.backend,
+        backend.model,
+        backend.fingerprint,
+        backend.settings.num_ctx,
+        prompts.asked,
+        len(done),
+    )
+    with context.progress(prompts.asked, "rows", done=len(done)) as bar:
+
+        def record(outcome: Outcome) -> None:
+            nonlocal kept, rejected, tokens
+            if outcome.reason is None:
+                ledger.keep(_kept(outcome, backend, context.domain))
+                kept += 1
+            else:
+                ledger.reject(_rejected(outcome, backend))
+                rejected += 1
+                reasons[_printable(re.sub(r"\d+", "…", outcome.reason))] += 1
+            tokens += (outcome.completion.output_tokens or 0) if outcome.completion else 0
+            log.info("%s", _line(outcome))
+            bar.advance()
+            bar.note(f"{kept:,} kept, {rejected:,} rejected" + (f", {tokens:,} tokens" if tokens else ""))
+
+        loop = Loop(
+            backend,
+            context.domain,
+            backend.settings,
+            answered_before=bool(ledger.kept_ids),
+            say=lambda text: log.info("%s", _printable(text)),
+        )
+        asyncio.run(loop.run(_waiting(prompts, done), record))
+    return reasons
+
+
+def _waiting(prompts: Prompts, done: set[str]) -> Iterator[Row]:
+    for number, row in enumerate(prompts.rows()):
+        if number == prompts.asked:
+            return
+        if row.id not in done:
+            yield row
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def _kept(outcome: Outcome, backend: Backend, domain: Domain) -> dict[str, Any]:
+    row, completion = outcome.row, outcome.completion
+    assert completion is not None
+    # The fingerprint stands first: a resume finds it without parsing the row.
+    teacher = {
+        "fingerprint": backend.fingerprint,
+        "backend": backend.settings.backend,
+        "model": backend.model,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "output_tokens": completion.output_tokens,
+        "seconds": completion.seconds,
+        "attempts": outcome.attempts,
+        "repaired": outcome.repaired,
+        "facts": _check(domain, row.meta, row.type, outcome.text),
+    }
+    return {
+        "id": row.id,
+        "messages": [*row.prompt, {"role": "assistant", "content": outcome.text}],
+        "meta": {**row.meta, "teacher": teacher},
+        **row.rest,
+    }
+
+
+def _rejected(outcome: Outcome, backend: Backend) -> dict[str, Any]:
+    row, completion = outcome.row, outcome.completion
+    rejected = {
+        "reason": outcome.reason,
+        "text": completion.text if completion else "",
+        "finish_reason": completion.finish_reason if completion else None,
+        "attempts": outcome.attempts,
+        "fingerprint": backend.fingerprint,
+    }
+    return {"id": row.id, "messages": row.prompt, "meta": row.meta, **row.rest, "rejected": rejected}
+
+
+def _facts(domain: Domain, row: Row, meta: Mapping[str, Any]) -> dict[str, Any]:
+    return _check(domain, meta, row.type, row.answer or "")
+
+
+def _check(domain: Domain, meta: Mapping[str, Any], prompt_type: str | None, text: str) -> dict[str, Any]:
+    """What the answer says of its record; the same keys in every row, whether or not there is a record."""
+    record = meta.get("record")
+    if prompt_type is None or not isinstance(record, dict):
+        return {"recall": None, "unsupported": []}
+    checked = domain.check_facts(record, prompt_type, text)
+    recall = None if checked.recall is None else round(checked.recall, 4)
+    return {"recall": recall, "unsupported": list(checked.unsupported)}
+
+
+def _line(outcome: Outcome) -> str:
+    """A row in the log: how it ended, how long it took, what it cost."""
+    parts = [outcome.row.id, outcome.row.type or "-"]
+    parts.append("kept" if outcome.reason is None else f"rejected: {outcome.reason}")
+    completion = outcome.completion
+    if completion is not None:
+        parts.append(f"{completion.seconds:.2f} s")
+        if completion.prompt_tokens is not None or completion.output_tokens is not None:
+            parts.append(f"{completion.prompt_tokens or 0}+{completion.output_tokens or 0} tokens")
+        if completion.output_tokens and completion.seconds:
+            parts.append(f"{completion.output_tokens / completion.seconds:.1f} tokens/s")
+        parts.append(completion.finish_reason)
+    parts.append(f"attempts {outcome.attempts}" + (", repaired" if outcome.repaired else ""))
+    return _printable(" · ".join(parts))
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+def _report(
+    config: TeacherConfig,
+    context: Context,
+    prompts: Prompts,
+    backend: Backend,
+    ledger: Ledger,
+    settled: Settled,
+    reasons: Counter[str],
+) -> Result:
+    kept = sum(identity in ledger.kept_ids for identity in prompts.chosen())
+    rejected = sum(
+        identity in ledger.rejected_ids and identity not in ledger.kept_ids for identity in prompts.chosen()
+    )
+    if kept + rejected != prompts.asked:
+        raise UserError("the prompts changed while they were asked", where=config.in_, hint="start again")
+    _say_what_was_settled(context, prompts, ledger, settled)
+    for reason, count in reasons.most_common(SHOWN_REASONS):
+        context.print(f"rejected {count:,} × {reason}")
+    if settled.facts:
+        context.terminal.table(
+            ["type", "#rows", "#fact recall", "#unsupported claims"],
+            [[kind or "-", *_means(facts)] for kind, facts in settled.facts.items()],
+            title="answers against their records",
+        )
+    teacher = backend.settings.backend + (f" {backend.model}" if backend.model else "")
+    summary = f"{prompts.asked:,} asked = {kept:,} kept + {rejected:,} rejected · {teacher}"
+    hint = f"the reasons stand in {ledger.rejected}; ask again with --retry-rejected"
+    if not kept:
+        raise UserError(f"no answer was kept: {summary}", hint=hint)
+    if rejected and config.strict:
+        raise UserError(f"--strict: {summary}", hint=hint)
+    return Result(
+        counts={
+            "asked": prompts.asked,
+            "kept": kept,
+            "rejected": rejected,
+            "duplicates": prompts.duplicates,
+            "stale": settled.moved,
+        },
+        summary=summary,
+    )
+
+
+def _say_what_was_settled(context: Context, prompts: Prompts, ledger: Ledger, settled: Settled) -> None:
+    if prompts.duplicates:
+        context.print(f"{prompts.duplicates:,} exact duplicates among the prompts, each asked once")
+    if settled.moved:
+        context.warn(
+            f"{settled.moved:,} answers whose prompt is gone were moved to {ledger.stale}: "
+            "the student must not learn from them"
+        )
+    if settled.dropped:
+        context.warn(f"{settled.dropped:,} rejected rows whose prompt is gone were dropped")
+    if settled.refreshed:
+        context.print(
+            f"{settled.refreshed:,} answers took over the changed meta (split, record) of their prompts"
+        )
+
+
+def _means(facts: FactSums) -> list[str]:
+    recall = "-" if facts.recall is None else f"{facts.recall:.3f}"
+    return [f"{facts.rows:,}", recall, f"{facts.unsupported:,}"]

@@ -1,0 +1,1 @@
+"""Teachers: the seam every backend stands behind, and the request loop that stands above it."""

@@ -1,0 +1,343 @@
+"""What a teacher run has on disk: kept rows, rejected rows, and rows of prompts that are gone.
+
+While a run goes on both files are journals: rows are appended as answers come, and a kill loses none that
+is written. `settle` makes them what the next stage reads: in prompt order, each row with the `meta` its
+prompt has now (a new split must not leave old splits in the answers), nothing in it that has no prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mtgdm.errors import BadRow, UserError
+from mtgdm.rows import Journal, Row, encode, manifest_path, put_in_order, read_rows, replace, row_id
+
+_FINGERPRINT = b'"teacher": {"fingerprint": "'
+"""How `meta.teacher` begins in our rows. Quotes inside a text are escaped, so this is never part of one."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A file of prompts, read through once: the ids in their order, and what was found on the way."""
+
+    path: Path
+    ids: dict[str, None]
+    asked: int
+    """How many of them this run is about: all, or the first `--limit`."""
+    duplicates: int
+    longest_tokens: int
+
+    def chosen(self) -> Iterator[str]:
+        """The ids this run is about."""
+        for number, identity in enumerate(self.ids):
+            if number == self.asked:
+                return
+            yield identity
+
+    def rows(self) -> Iterator[Row]:
+        """The prompts, each once, all of them."""
+        following = iter(self.ids)
+        awaited = next(following)
+        for row in read_rows(self.path, answered=False):
+            if row.id == awaited:
+                yield row
+                awaited = next(following, "")
+
+    @classmethod
+    def scan(cls, path: Path, limit: int, tokens: Callable[[list[dict[str, str]]], int]) -> Prompts:
+        """Read every prompt before the first is asked: a bad line is found now, not after a day."""
+        ids: dict[str, None] = {}
+        duplicates = longest = 0
+        for row in read_rows(path, answered=False):
+            if row.id in ids:
+                duplicates += 1
+                continue
+            ids[row.id] = None
+            if not limit or len(ids) <= limit:
+                longest = max(longest, tokens(row.prompt))
+        if not ids:
+            raise UserError(
+                "there is no prompt in this file", where=path, hint="make them with `mtgdm prompts`"
+            )
+        return cls(path, ids, min(limit, len(ids)) if limit else len(ids), duplicates, longest)
+
+
+@dataclass
+class FactSums:
+    """What the answers of one type say of their records, added up."""
+
+    rows: int = 0
+    recalls: int = 0
+    recall_sum: float = 0.0
+    unsupported: int = 0
+
+    def add(self, facts: Mapping[str, Any]) -> None:
+        """Count one answer's `meta.teacher.facts`."""
+        self.rows += 1
+        recall = facts.get("recall")
+        if isinstance(recall, int | float):
+            self.recalls += 1
+            self.recall_sum += recall
+        self.unsupported += len(facts.get("unsupported") or ())
+
+    @property
+    def recall(self) -> float | None:
+        """Mean share of the record's facts that an answer states."""
+        return self.recall_sum / self.recalls if self.recalls else None
+
+
+@dataclass
+class Settled:
+    """What `settle` found and did."""
+
+    facts: dict[str, FactSums] = field(default_factory=dict)
+    """What the kept answers say of their records, by prompt type."""
+    moved: int = 0
+    """Kept rows whose prompt is gone, now in the stale file."""
+    dropped: int = 0
+    """Rejected rows whose prompt is gone."""
+    refreshed: int = 0
+    """Kept rows whose prompt has another `meta` now."""
+
+
+class Ledger:
+    """The two journals of a run; each is made with its first row: a run that fails at once leaves none."""
+
+    def __init__(self, out: Path, fingerprint: str, *, overwrite: bool = False) -> None:
+        self.out = out
+        self.rejected = rejected_path(out)
+        self.stale = out.with_name(f"{out.stem}.stale{out.suffix}")
+        self._fingerprint = fingerprint
+        self._overwrite = overwrite
+        self._open = ExitStack()
+        self._kept: Journal | None = None
+        self._lost: Journal | None = None
+        self.kept_ids: set[str] = set()
+        self.rejected_ids: set[str] = set()
+        """Rejected under this fingerprint: rows another teacher failed on are asked again."""
+
+    def __enter__(self) -> Self:
+        if self._overwrite:
+            return self
+        try:
+            if self.out.exists():
+                self._kept = self._open.enter_context(Journal(self.out, inspect=self._compare))
+                self.kept_ids = self._kept.ids
+            if self.rejected.exists():
+                self._lost = self._open.enter_context(Journal(self.rejected, inspect=self._remember))
+        except BaseException:
+            self._open.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    # --- while answers come ----------------------------------------------------------------------
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Write a row with its answer."""
+        self._begin()
+        if self._kept is None:
+            self._kept = self._open.enter_context(Journal(self.out))
+            self.kept_ids = self._kept.ids
+        self._append(self._kept, row)
+
+    def reject(self, row: dict[str, Any]) -> None:
+        """Put a row aside with the reason."""
+        self._begin()
+        if self._lost is None:
+            self._lost = self._open.enter_context(Journal(self.rejected))
+        self._append(self._lost, row)
+        self.rejected_ids.add(row["id"])
+
+    def _begin(self) -> None:
+        """Start anew, once there is something to put in the place of what is there."""
+        if not self._overwrite:
+            return
+        self._overwrite = False
+        # The kept file goes last: a kill before that leaves it whole, to be overwritten again.
+        for path in (self.rejected, self.out):
+            manifest_path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _append(journal: Journal, row: dict[str, Any]) -> None:
+        try:
+            journal.append(row)
+        except OSError as error:
+            raise UserError(
+                f"the row cannot be written: {error.strerror or error}",
+                where=journal.path,
+                hint="make room and start again: what is finished is kept",
+            ) from error
+
+    # --- what earlier runs left ------------------------------------------------------------------
+
+    def _compare(self, number: int, line: bytes) -> None:
+        found = _fingerprint(line)
+        if found is not None and found != self._fingerprint:
+            raise UserError(
+                "the answers in this file come from another teacher or other sampling settings",
+                where=f"{self.out}:{number}",
+                hint="write elsewhere with --out FILE, or start anew with --overwrite",
+            )
+
+    def _remember(self, number: int, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise BadRow(
+                self.rejected, number, "not JSON", hint="delete the line: its row is asked again"
+            ) from error
+        if row.get("rejected", {}).get("fingerprint") == self._fingerprint:
+            self.rejected_ids.add(row["id"])
+
+    def verify(self, prompts: Prompts) -> None:
+        """Read the whole output and compare it with the prompts; BadRow at the first row that does not fit.
+
+        Rows are matched by id, which files of the original pipeline get from their messages.
+        """
+        # Only ids that are not made from the messages need a second look into the prompts file.
+        given = {row.id: row_id(row.prompt) for row in prompts.rows() if row_id(row.prompt) != row.id}
+        lines: dict[str, int] = {}
+        hint = "start anew with --overwrite, or write elsewhere with --out FILE"
+        for row in read_rows(self.out, answered=True):
+            if row.id not in prompts.ids:
+                raise row.bad(f"this row answers no prompt of {prompts.path}", hint=hint)
+            if given.get(row.id, row.id) != row_id(row.prompt):
+                raise row.bad("the messages are not those of its prompt", hint=hint)
+            if row.id in lines:
+                raise row.bad(f"this prompt is already answered in line {lines[row.id]}", hint=hint)
+            lines[row.id] = row.line
+
+    # --- at the end ------------------------------------------------------------------------------
+
+    def settle(
+        self, prompts: Prompts, check: Callable[[Row, Mapping[str, Any]], dict[str, Any] | None]
+    ) -> Settled:
+        """Bring both files into prompt order and up to the prompts as they are; what is so is not touched.
+
+        `check` compares the answer of a row with the record of its prompt, for rows whose meta changed.
+        """
+        self._open.close()
+        done = Settled()
+        if self.out.exists():
+            put_in_order(self.out, prompts.ids)
+            if self._survey(prompts, done):
+                self._rewrite(prompts, check)
+        if self.rejected.exists():
+            self._tidy_rejected(prompts, done)
+        return done
+
+    def _survey(self, prompts: Prompts, done: Settled) -> bool:
+        """Count what has no prompt or another meta, and gather the facts; says whether to rewrite."""
+        for row, prompt in _beside(read_rows(self.out), prompts):
+            if prompt is None:
+                done.moved += 1
+                continue
+            if not _same_meta(row, prompt):
+                done.refreshed += 1
+            teacher = row.meta.get("teacher")
+            facts = teacher.get("facts") if isinstance(teacher, dict) else None
+            if isinstance(facts, dict):
+                done.facts.setdefault(row.type or "", FactSums()).add(facts)
+        return bool(done.moved or done.refreshed)
+
+    def _rewrite(
+        self, prompts: Prompts, check: Callable[[Row, Mapping[str, Any]], dict[str, Any] | None]
+    ) -> None:
+        with replace(self.out) as file, Journal(self.stale) as stale:
+            for row, prompt in _beside(read_rows(self.out), prompts):
+                if prompt is None:
+                    if row.id not in stale.ids:
+                        stale.append(_as_json(row, row.meta))
+                elif _same_meta(row, prompt):
+                    file.write(encode(_as_json(row, row.meta)))
+                else:
+                    meta = _without_teacher(prompt.meta)
+                    teacher = row.meta.get("teacher")
+                    if isinstance(teacher, dict):
+                        meta["teacher"] = {**teacher, "facts": check(row, prompt.meta)}
+                    file.write(encode(_as_json(row, meta)))
+        if self.stale.stat().st_size == 0:
+            self.stale.unlink()
+
+    def _tidy_rejected(self, prompts: Prompts, done: Settled) -> None:
+        wanted: set[str] = set()
+        answered = 0
+        for row in read_rows(self.rejected):
+            if row.id not in prompts.ids:
+                done.dropped += 1
+            elif row.id in self.kept_ids:
+                answered += 1
+            else:
+                wanted.add(row.id)
+        if not wanted:
+            manifest_path(self.rejected).unlink(missing_ok=True)
+            self.rejected.unlink()
+            return
+        if done.dropped or answered:
+            with replace(self.rejected) as file:
+                for row in read_rows(self.rejected):
+                    if row.id in wanted:
+                        file.write(encode(_as_json(row, row.meta)))
+        put_in_order(self.rejected, prompts.ids)
+
+
+def rejected_path(out: Path) -> Path:
+    """Where the rejected rows of an output lie: `teacher.jsonl` has `teacher.rejected.jsonl` beside it."""
+    return out.with_name(f"{out.stem}.rejected{out.suffix}")
+
+
+def count_lines(path: Path) -> int:
+    """How many lines a file has, counted at the speed of the disk; 0 where there is none."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _beside(answers: Iterator[Row], prompts: Prompts) -> Iterator[tuple[Row, Row | None]]:
+    """Each answer with its prompt, read side by side: both stand in prompt order, strays at the end."""
+    following = prompts.rows()
+    for row in answers:
+        if row.id not in prompts.ids:
+            yield row, None
+            continue
+        yield row, next(prompt for prompt in following if prompt.id == row.id)
+
+
+def _same_meta(row: Row, prompt: Row) -> bool:
+    return _without_teacher(row.meta) == _without_teacher(prompt.meta)
+
+
+def _without_teacher(meta: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in meta.items() if key != "teacher"}
+
+
+def _fingerprint(line: bytes) -> str | None:
+    """The fingerprint of an answer; lines of another form are parsed, those of other tools have none."""
+    place = line.find(_FINGERPRINT)
+    if place >= 0:
+        start = place + len(_FINGERPRINT)
+        return line[start : line.find(b'"', start)].decode("ascii", "replace")
+    if b'"fingerprint"' not in line:
+        return None
+    try:
+        value = json.loads(line)["meta"]["teacher"]["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(value)
+
+
+def _as_json(row: Row, meta: dict[str, Any]) -> dict[str, Any]:
+    return {"id": row.id, "messages": row.messages, "meta": meta, **row.rest}

@@ -1,0 +1,160 @@
+"""The contract of a teacher backend, which enters through the entry-point group `mtgdm.teachers`.
+
+A backend asks one question and says what came back. Retries, concurrency, timeouts, repair and
+validation stand above it in `mtgdm.teachers.loop`, so that every backend has them. What goes wrong is
+said with one of three errors:
+
+    Retryable       it can pass: a lost connection, a busy server, half a body
+    Refused         it cannot, for this one question: the server will not take it
+    Unavailable     it cannot, for every question: no server, no such model, no key; the run stops
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import Field
+
+from mtgdm.errors import UserError
+from mtgdm.manifest import settings_digest
+from mtgdm.stage import Flag, Runtime, StageConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pydantic import BaseModel
+
+    from mtgdm.domain import Domain, Message
+    from mtgdm.rows import Row
+
+GROUP = "mtgdm.teachers"
+"""The entry-point group of backends: `named(GROUP, name, "teacher backend")` gives the class."""
+
+
+class Retryable(Exception):
+    """A failure that can pass; `another_seed` where the same question would only fail the same way again."""
+
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, another_seed: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.another_seed = another_seed
+
+
+class Refused(Exception):
+    """A failure that belongs to this question and would come again."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class Unavailable(UserError):
+    """The teacher cannot be asked at all; the hint says how that is mended."""
+
+
+class TeacherSettings(StageConfig):
+    """How a teacher is asked; the settings of the teacher stage that backends read."""
+
+    backend: str = "offline"
+    """Who answers: offline (a template over the record, no model), ollama, or an installed plugin."""
+    model: str | None = None
+    """The teacher's model, as the server calls it: qwen2.5:32b-instruct-q4_K_M."""
+    url: Annotated[str, Runtime(), Flag(also=("ollama_url",))] = "http://localhost:11434"
+    """Where the teacher's server listens."""
+    ollama_num_gpu: Annotated[int, Runtime()] = Field(999, ge=-1)
+    """Layers Ollama puts on the GPU: 999 is all, 0 none, -1 as Ollama sees fit."""
+    num_ctx: Annotated[int, Runtime()] = Field(0, ge=0)
+    """Context in tokens; 0 sizes it from the longest prompt and the answer."""
+    temperature: float = Field(0.3, ge=0, le=2)
+    """Sampling temperature; 0 always takes the likeliest token."""
+    top_p: float = Field(0.9, gt=0, le=1)
+    """Share of the probability mass that is sampled from."""
+    max_tokens: Annotated[int, Runtime()] = Field(3072, ge=1)
+    """Longest answer in tokens; one that is cut there is never kept."""
+    seed: int = Field(42, ge=0)
+    """Seed of the sampling."""
+    timeout_s: Annotated[float, Runtime()] = Field(600.0, gt=0)
+    """How long one answer may take."""
+    concurrency: Annotated[int, Runtime()] = Field(4, ge=1)
+    """Questions in flight at once."""
+    retries: Annotated[int, Runtime()] = Field(6, ge=0)
+    """How often a failure that can pass is tried again, with growing pauses."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one call is made with; `row` is the prompt row the messages come from."""
+
+    temperature: float
+    top_p: float
+    seed: int
+    max_tokens: int
+    row: Row
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a teacher said. Token counts are None where the backend has none to give."""
+
+    text: str
+    finish_reason: str
+    """`stop` where the answer came to its own end, `length` where it was cut; others as the server says."""
+    prompt_tokens: int | None
+    output_tokens: int | None
+    seconds: float
+
+
+class Backend(ABC):
+    """A teacher: used as an async context manager, asked by several tasks at once."""
+
+    def __init__(self, settings: TeacherSettings, domain: Domain) -> None:
+        """Keep the settings (`num_ctx` is sized by now), open nothing; SettingError where one is missing."""
+        self.settings = settings
+        self.domain = domain
+
+    @property
+    def model(self) -> str:
+        """What answers, as rows name it."""
+        return self.settings.model or ""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What changes an answer beside the backend and the model."""
+        return {
+            "temperature": self.settings.temperature,
+            "top_p": self.settings.top_p,
+            "seed": self.settings.seed,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over everything that changes an answer.
+
+        `max_tokens` is not in it: a cut answer is never kept, so a kept one does not depend on the limit,
+        and a larger limit may finish what a smaller one left over.
+        """
+        said = {"backend": self.settings.backend, "model": self.model, **self.sampling}
+        return settings_digest(said)[:16]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    @abstractmethod
+    async def check(self) -> None:
+        """Raise Unavailable where nothing could be asked now, Retryable where the server is only busy."""
+
+    @abstractmethod
+    async def answer(
+        self, messages: Sequence[Message], contract: type[BaseModel] | None, options: Options
+    ) -> Completion:
+        """Ask once. `contract` is the model of a JSON answer, None where prose is wanted."""
