@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -226,6 +227,28 @@ def replace(path: Path) -> Iterator[BinaryIO]:
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill beside `path` that takes its place, whole, when the block ends without an error.
+
+    A folder cannot be renamed over another: between two renames a kill can leave the old one aside,
+    as `.<name>.<process>.old`, but never a mixture.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside, aside = (path.with_name(f".{path.name}.{os.getpid()}.{ending}") for ending in ("tmp", "old"))
+    beside.mkdir()
+    try:
+        yield beside
+        manifest_path(path).unlink(missing_ok=True)
+        if path.exists():
+            path.rename(aside)
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    sync_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -44,9 +44,13 @@ __all__ = ["Context", "Flag", "Input", "Output", "Result", "Runtime", "Stage", "
 
 @dataclass(frozen=True)
 class Input:
-    """Marks a path setting whose content the result depends on; `newest` picks a file of a folder by glob."""
+    """Marks a path setting whose content the result depends on.
+
+    `newest` picks the last file of a folder by glob; with `optional` a file that is not there is no input.
+    """
 
     newest: str | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,11 @@ class StageConfig(BaseModel):
 
     def inputs(self) -> list[Path]:
         """The files and folders the result is made from; those not marked with `Input` are added here."""
-        return [path for path, _ in self._marked(Input)]
+        return list(self._marked(Input))
 
     def outputs(self) -> list[Path]:
         """The files and folders the stage writes."""
-        return [path for path, _ in self._marked(Output)]
+        return list(self._marked(Output))
 
     def finished(self) -> tuple[int, int] | None:
         """What an interrupted run has done, as (done, all), where the stage can tell."""
@@ -121,12 +125,15 @@ class StageConfig(BaseModel):
         """What a run would have to do, for `mtgdm plan`: counts by name, from the inputs that are there."""
         return {}
 
-    def _marked(self, kind: type[Input] | type[Output]) -> Iterator[tuple[Path, str]]:
+    def _marked(self, kind: type[Input] | type[Output]) -> Iterator[Path]:
         for name, info in type(self).model_fields.items():
             value = getattr(self, name)
             for mark in info.metadata:
-                if isinstance(mark, kind) and isinstance(value, Path):
-                    yield (newest(value, mark.newest) if mark.newest else value), name
+                if not isinstance(mark, kind) or not isinstance(value, Path):
+                    continue
+                path = newest(value, mark.newest) if mark.newest else value
+                if path.exists() or not getattr(mark, "optional", False):
+                    yield path
 
 
 @dataclass(frozen=True)

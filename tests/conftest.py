@@ -64,7 +64,10 @@ def spot(name: str, **more: Any) -> dict[str, Any]:
         "province": "浙江省",
         "city": "杭州市",
         "geo": {"lat": 30.25, "lon": 120.15},
-        "text_zh": {"short_intro": f"{name}在杭州市。", "details": {"历史": f"{name}始建于1089年。", "交通": "乘公交前往。"}},
+        "text_zh": {
+            "short_intro": f"{name}在杭州市。",
+            "details": {"历史": f"{name}始建于1089年。", "交通": "乘公交前往。"},
+        },
         **more,
     }
 

@@ -20,7 +20,18 @@ LAYERS = [
     {"registry", "pipeline", "doctor", "testing"},
     {"cli", "__main__"},
 ]
-HEAVY = ("torch", "transformers", "peft", "plotly", "kaleido", "httpx", "numpy", "sacrebleu", "rapidfuzz", "bitsandbytes")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "plotly",
+    "kaleido",
+    "httpx",
+    "numpy",
+    "sacrebleu",
+    "rapidfuzz",
+    "bitsandbytes",
+)
 
 
 def modules() -> dict[str, Path]:
@@ -62,7 +73,9 @@ def test_imports_go_down_only(name: str) -> None:
             continue
         other = target.split(".")[1]
         if other == room:
-            assert room != "stages" or target in ("mtgdm.stages", name), f"{name} imports another stage: {target}"
+            assert room != "stages" or target in ("mtgdm.stages", name), (
+                f"{name} imports another stage: {target}"
+            )
         else:
             assert layer(target) <= layer(name), f"{name} imports upwards: {target}"
             assert other != "tourism", f"{name} names a domain; it comes in by its entry point"
@@ -103,6 +116,10 @@ def test_the_command_line_starts_without_a_heavy_library(arguments: str, tmp_pat
         "assert not heavy, heavy\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", script, *arguments.split()], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, *arguments.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr

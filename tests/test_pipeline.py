@@ -50,7 +50,10 @@ def test_a_changed_setting_or_input_makes_stale_and_says_why(mtgdm: CommandLine)
     folder = workspace(mtgdm)
     assert mtgdm("all", "--profile", "mine").code == 0
     write_lines(folder / "configs/mine.yaml", PROFILE.replace("spots.jsonl", "spots.jsonl\n  limit: 5"))
-    assert states(mtgdm) == {"prompts": ("stale", "limit changed: 0 → 5"), "teacher": ("stale", "prompts comes first")}
+    assert states(mtgdm) == {
+        "prompts": ("stale", "limit changed: 0 → 5"),
+        "teacher": ("stale", "prompts comes first"),
+    }
     write_lines(folder / "configs/mine.yaml", PROFILE)
     assert states(mtgdm)["prompts"] == ("done", "")
     write_lines(folder / "spots.jsonl", *(spot(f"景区{n}") for n in range(13)))

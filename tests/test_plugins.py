@@ -123,7 +123,9 @@ def test_a_broken_one_is_a_warning_line_and_the_rest_works(with_plugin: CommandL
     assert len(warnings) == 3
     assert any("'broken' of shout-plugin" in line and "ModuleNotFoundError" in line for line in warnings)
     assert any("'status' is a command of mtgdm itself" in line for line in warnings)
-    assert any("'plain' of shout-plugin" in line and "not a function under @stage" in line for line in warnings)
+    assert any(
+        "'plain' of shout-plugin" in line and "not a function under @stage" in line for line in warnings
+    )
     listed = {one["stage"]: one for one in with_plugin("stages", "--json").json}
     assert listed["shout"]["package"] == "shout-plugin 1.2"
     assert "ModuleNotFoundError" in listed["broken"]["error"]

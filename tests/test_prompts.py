@@ -77,7 +77,9 @@ def test_skip_bad_writes_the_rest_and_counts(mtgdm: CommandLine) -> None:
 
 
 def test_limit_takes_the_first_spots(mtgdm: CommandLine) -> None:
-    write_lines(mtgdm.folder / "spots.jsonl", *(spot(f"景区{n}") for n in range(9)), "{ broken beyond the limit")
+    write_lines(
+        mtgdm.folder / "spots.jsonl", *(spot(f"景区{n}") for n in range(9)), "{ broken beyond the limit"
+    )
     assert len(prompts(mtgdm, "--limit", "4")) == 12
 
 
@@ -108,7 +110,9 @@ def test_a_large_file_is_read_in_constant_memory(mtgdm: CommandLine) -> None:
     text = "湖" * 3000
     with (mtgdm.folder / "spots.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for number in range(4000):
-            file.write(f'{{"name": "景区{number}", "text_zh": {{"short_intro": "{text}", "details": null}}}}\n')
+            file.write(
+                f'{{"name": "景区{number}", "text_zh": {{"short_intro": "{text}", "details": null}}}}\n'
+            )
     script = (
         "import resource, sys\nfrom mtgdm.cli import main\n"
         "sys.argv = ['mtgdm', 'prompts', '--spots', 'spots.jsonl']\n"

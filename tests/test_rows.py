@@ -38,7 +38,9 @@ def test_a_split_hangs_on_the_name_and_the_seed() -> None:
     splits = [rows.split_of(name) for name in names]
     assert 0.07 < splits.count("test") / len(names) < 0.13
     assert 0.07 < splits.count("val") / len(names) < 0.13
-    assert splits == [rows.split_of(f" {name[:2]} {name[2:]}") for name in names], "white space does not count"
+    assert splits == [rows.split_of(f" {name[:2]} {name[2:]}") for name in names], (
+        "white space does not count"
+    )
     assert splits != [rows.split_of(name, seed=7) for name in names]
 
 
@@ -52,7 +54,10 @@ def test_another_val_ratio_moves_nothing_into_or_out_of_test() -> None:
 def test_lines_end_at_newline_alone(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes('\ufeff{"a":"一\u2028二"}\r\n\r\n  \n{"a":"三\x85"}'.encode())
-    assert [(n, json.loads(line)["a"]) for n, line in rows.read_lines(path)] == [(1, "一\u2028二"), (4, "三\x85")]
+    assert [(n, json.loads(line)["a"]) for n, line in rows.read_lines(path)] == [
+        (1, "一\u2028二"),
+        (4, "三\x85"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,9 @@ def test_prompts_and_answers_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_split_get_it_from_their_spot(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "old.jsonl", *({"messages": ANSWERED, "meta": {"spot": f"景{n}"}} for n in range(50)))
+    path = write_lines(
+        tmp_path / "old.jsonl", *({"messages": ANSWERED, "meta": {"spot": f"景{n}"}} for n in range(50))
+    )
     for row in rows.read_rows(path):
         assert row.split == rows.split_of(row.spot or "")
 
@@ -209,7 +216,9 @@ def test_a_killed_journal_loses_no_row_it_has_written(tmp_path: Path) -> None:
         "    for n in itertools.count():\n"
         "        journal.append({'id': f'{n:024x}', 'text': '景' * 500}); print(n, flush=True)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", writer, str(path)], stdout=subprocess.PIPE, encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-c", writer, str(path)], stdout=subprocess.PIPE, encoding="utf-8"
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if int(line) >= 200:

@@ -1,0 +1,1 @@
+"""Heavy: what a checkpoint becomes for those who run it."""
