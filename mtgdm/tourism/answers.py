@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mtgdm.tourism import english
+from mtgdm.tourism import english, prose
 from mtgdm.tourism.contracts import UNKNOWN, General, Itinerary
 from mtgdm.tourism.record import Detail, details_on, sentences, texts_on
 
@@ -18,6 +18,8 @@ INTRO_SENTENCES = 6
 """A 6,000-character introduction is material for an answer, not the answer."""
 
 _BARE_NAME = re.compile("[^。，；！？,;!?]{1,16}")
+_LATIN_NAME = re.compile("[^\u2e80-\U0003ffff]*[A-Za-z][^\u2e80-\U0003ffff]*")
+_SENTENCE_END = re.compile("[。！？.!?…][”’」』）)\"']*$")
 _RATING = re.compile(r"5A|AAAAA")
 _PAST = re.compile(r"\d{3,4}年|世纪|始建|[秦汉魏晋隋唐宋辽金元明清]代|[明清]朝|民国|年间|王朝|古称")
 _CULTURE = re.compile(r"文化|艺术|诗|传说|民俗|非遗|非物质|工艺|信仰|祭祀|民族")
@@ -30,7 +32,7 @@ def render(facts: Mapping[str, Any], prompt_type: str) -> str:
     if prompt_type == "itinerary":
         return _json(Itinerary, itinerary(facts))
     if prompt_type == "bilingual":
-        return f"{chinese(facts)}\n{english_text(facts)}"
+        return bilingual(facts)
     raise ValueError(f"no answer is written for the type '{prompt_type}'")
 
 
@@ -77,7 +79,7 @@ def itinerary(facts: Mapping[str, Any]) -> dict[str, Any]:
             "duration": UNKNOWN,
             "lat": facts.get("lat"),
             "lon": facts.get("lon"),
-            "notes": "".join(texts_on(facts, "transport")) or UNKNOWN,
+            "notes": _joined(texts_on(facts, "transport")) or UNKNOWN,
         }
     ]
     steps += [
@@ -105,8 +107,30 @@ def itinerary(facts: Mapping[str, Any]) -> dict[str, Any]:
             for detail in details_on(facts, "photo")
         ],
         "tips": tips,
-        "guide_text": "".join(_culture(facts) or _history(facts)) or facts.get("intro") or UNKNOWN,
+        "guide_text": _joined(_culture(facts) or _history(facts)) or facts.get("intro") or UNKNOWN,
     }
+
+
+def bilingual(facts: Mapping[str, Any]) -> str:
+    """The guide in two languages.
+
+    Sentences of the record may themselves break the contract of prose (a text in English, a loop): then
+    the guide is told without them, and at last without the name.
+    """
+    silent = {**facts, "intro": None, "details": []}
+    nameless = {
+        **silent,
+        "name": "该景区",
+        "name_en": None,
+        "province": None,
+        "city": None,
+        "best_season": None,
+    }
+    for told in (facts, silent):
+        text = f"{chinese(told)}\n{english_text(told)}"
+        if prose.problem(text) is None:
+            return text
+    return f"{chinese(nameless)}\n{english_text(nameless)}"
 
 
 def chinese(facts: Mapping[str, Any]) -> str:
@@ -119,17 +143,18 @@ def chinese(facts: Mapping[str, Any]) -> str:
         ("文化方面，", "文化", _culture(facts)),
         ("交通方面，", "交通", _all_sentences(facts, "transport")),
     ):
-        parts.append(opening + _ended("".join(texts)) if texts else f"{subject}资料未知。")
+        parts.append(opening + _ended(_joined(texts)) if texts else f"{subject}资料未知。")
     season = facts.get("best_season")
     parts.append(f"最佳季节是{season}。" if season else "最佳季节未知。")
-    advice = "".join(_all_sentences(facts, "tips"))
+    advice = _joined(_all_sentences(facts, "tips"))
     parts.append(f"建议：{_ended(advice)}" if advice else "建议出发前核实开放时间和票价。")
     return "".join(parts)
 
 
 def english_text(facts: Mapping[str, Any]) -> str:
     """The English paragraph: what the record gives in figures and in words that have a known translation."""
-    name = facts.get("name_en") or facts["name"]
+    names = (facts.get("name_en"), facts["name"])
+    name = next((name for name in names if name and _LATIN_NAME.fullmatch(name)), "This attraction")
     province = english.province(facts.get("province"))
     where = f"is in {province}" if province else "is at a place that is not recorded"
     if facts.get("lat") is not None and facts.get("lon") is not None:
@@ -209,4 +234,9 @@ def _labelled(detail: Detail) -> str:
 
 
 def _ended(text: str) -> str:
-    return text if text.endswith(("。", "！", "？", "”", ".", "!", "?")) else text + "。"
+    return text if _SENTENCE_END.search(text) else text + "。"
+
+
+def _joined(texts: list[str]) -> str:
+    """One text verbatim; several with an end to each."""
+    return texts[0] if len(texts) == 1 else "".join(map(_ended, texts))

@@ -266,7 +266,7 @@ def _years(support: _Support, said: _Said) -> Iterator[str]:
         if float(year) not in support.numbers:
             yield f"{year}年"
     for year in _CHINESE_YEAR.findall(said.words):
-        if value_of(year) not in support.numbers:
+        if value_of(year) not in support.numbers and year not in support.text:
             yield f"{year}年"
     for year, plural in _LATIN_YEAR.findall(said.words):
         if plural:

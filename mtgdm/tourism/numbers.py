@@ -29,7 +29,7 @@ _UNIT = "|".join(re.escape(unit) + (r"(?![A-Za-z])" if unit.isascii() else "") f
 _MEASURE = re.compile(
     rf"(?<![\d.])({NUMERAL})(?:余|多|来|几)?(万亿|[万亿])?(?:多|余)?(?:个)?[ -]?({_UNIT})(?!宵|素|旦|代|朝)"
 )
-_MONEY_SIGN = re.compile(r"[¥￥]\s?(\d[\d,]*(?:\.\d+)?)")
+_MONEY_SIGN = re.compile(r"[¥￥] ?(\d[\d,]*(?:\.\d+)?)")
 
 
 class Measure(NamedTuple):

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from itertools import accumulate
 
-MIN_HAN = 40
+MIN_HAN = 30
 MIN_WORDS = 20
 CHINESE_FIRST = 1.7
 """Share of the Han characters before the best cut plus share of the Latin letters behind it, of 2.

@@ -114,9 +114,30 @@ def test_words_without_a_known_translation_are_left_out_of_the_english(
 ) -> None:
     spot = {**SPOT, "types": ["某种类型"], "best_season": "某时", "province": "某省", "name_en": None}
     _, english = tourism.answer(facts_of(read_spots, spot), "bilingual").split("\n")
-    assert english.startswith("甲山 is at a place that is not recorded")
+    assert english.startswith("This attraction is at a place that is not recorded")
     assert "Best season: not recorded." in english
     assert "某" not in english
+
+
+@pytest.mark.parametrize(
+    "spot",
+    [
+        {"name": "A Very Long Latin Name " * 20},
+        {"name": "很长的名字" * 40},
+        {"name": "甲", "name_en": "Mount 甲"},
+        {"name": "甲", "province": "Shandong " * 50, "best_season": "“春"},
+        {"name": "甲", "text_zh": {"details": {"交通": "Take the train, then the bus. " * 40}}},
+        {"name": "甲", "text_zh": {"details": {"历史": "建于明代。" * 9, "小贴士": "看“鸟巢”"}}},
+        {"name": "啊啊啊啊啊啊啊啊啊啊"},
+        {"name": "甲…", "city": "“", "text_zh": {"details": {"文化": "“”"}}},
+    ],
+)
+def test_an_odd_record_still_gets_valid_answers(
+    spot: dict[str, Any], read_spots: ReadSpots, tourism: Tourism
+) -> None:
+    facts = facts_of(read_spots, spot)
+    for prompt_type in tourism.types:
+        assert answer_problem(tourism, prompt_type, tourism.answer(facts, prompt_type)) is None
 
 
 def test_answers_depend_on_the_facts_alone(sample: list[Record], tourism: Tourism) -> None:
