@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 
@@ -27,7 +27,9 @@ from mtgdm.profiles import (
 )
 from mtgdm.registry import Registry, discover
 from mtgdm.stage import Flag, Stage, is_list, key_of, marks, plain_type
-from mtgdm.terminal import Terminal
+
+if TYPE_CHECKING:
+    from mtgdm.terminal import Terminal
 
 app = typer.Typer(
     name="mtgdm",
@@ -53,7 +55,16 @@ _EXTRAS = {
 }
 _COMPLETING = "_MTGDM_COMPLETE"
 """Set by the shell while it asks for completions, where a warning would land in the user's prompt."""
-_terminal = Terminal()
+_ARGUMENTS = "_TYPER_COMPLETE_ARGS"
+"""Where zsh, fish and PowerShell put the words to complete; bash has COMP_WORDS."""
+
+
+@cache
+def _terminal() -> Terminal:
+    """The terminal, made when there is something to say: help does without it."""
+    from mtgdm.terminal import Terminal
+
+    return Terminal()
 
 
 @cache
@@ -96,7 +107,8 @@ def _root(
     if version:
         typer.echo(f"mtgdm {__version__}")
         raise typer.Exit
-    _terminal.verbose = verbose
+    if verbose:
+        _terminal().verbose = True
 
 
 # --- a command a stage ---------------------------------------------------------------------------
@@ -106,24 +118,29 @@ def _add_stages(registry: Registry) -> None:
     """Put the stages before mtgdm's own commands, and say which do not load."""
     own = list(app.registered_commands)
     app.registered_commands.clear()
+    named = {
+        *sys.argv[1:],
+        *os.environ.get("COMP_WORDS", "").split(),
+        *os.environ.get(_ARGUMENTS, "").split(),
+    }
     for stage in registry.stages.values():
-        _add_stage(stage)
+        _add_stage(stage, with_options=stage.name in named)
     app.registered_commands.extend(own)
     if _COMPLETING not in os.environ:
         for plugin in registry.broken:
-            _terminal.warn(f"the stage '{plugin.name}' of {plugin.package} does not load: {plugin.error}")
+            _terminal().warn(f"the stage '{plugin.name}' of {plugin.package} does not load: {plugin.error}")
 
 
-def _add_stage(stage: Stage[Any]) -> None:
-    """Register the command of a stage, its options built from its Config."""
+def _add_stage(stage: Stage[Any], *, with_options: bool) -> None:
+    """Register the command of a stage, its options built from its Config where the command line names it."""
     parameters = [
         inspect.Parameter(
             "profile", inspect.Parameter.KEYWORD_ONLY, annotation=ProfileOption, default="default"
         )
     ]
     flags: dict[str, str] = {}
-    defaults = stage.config.model_construct().model_dump(mode="json", by_alias=True)
-    for name, info in stage.config.model_fields.items():
+    descriptions = stage.config.descriptions() if with_options else {}
+    for name, info in stage.config.model_fields.items() if with_options else ():
         key = key_of(name, info)
         kind = _flag_type(info.annotation)
         flag = marks(info, Flag)
@@ -132,7 +149,7 @@ def _add_stage(stage: Stage[Any]) -> None:
         option = f"--{key.replace('_', '-')}"
         others = [f"--{other.replace('_', '-')}" for mark in flag for other in mark.also]
         declared = [f"{option}/--no-{option[2:]}"] if kind is bool else [option, *others]
-        default = defaults.get(key)
+        default = info.get_default(call_default_factory=True, validated_data={})
         parameters.append(
             inspect.Parameter(
                 f"{name}_",
@@ -141,7 +158,7 @@ def _add_stage(stage: Stage[Any]) -> None:
                     kind | None,
                     typer.Option(
                         *declared,
-                        help=info.description,
+                        help=descriptions.get(name),
                         show_default=_shown(default),
                         metavar="A,B,..." if is_list(info.annotation) else None,
                         rich_help_panel="Settings (flag > environment > profile > default)",
@@ -178,11 +195,11 @@ def _flag_type(annotation: Any) -> Any:
 
 
 def _shown(default: Any) -> str | bool:
-    if default is None or default == "":
+    if default is None or default in ("", [], ()):
         return False
     if isinstance(default, bool):
         return "on" if default else "off"
-    return ",".join(str(one) for one in default) if isinstance(default, list) else str(default)
+    return ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
 
 
 def _run_one(stage: Stage[Any], profile_name: str, flags: dict[str, Sourced]) -> None:
@@ -190,13 +207,13 @@ def _run_one(stage: Stage[Any], profile_name: str, flags: dict[str, Sourced]) ->
 
     profile = _load(profile_name)
     settings = settings_for(stage, profile, flags)
-    if _terminal.verbose:
+    if _terminal().verbose:
         for key, setting in settings.values.items():
-            _terminal.print(f"{stage.section}.{key} = {setting.value} ({setting.source})", style="dim")
+            _terminal().print(f"{stage.section}.{key} = {setting.value} ({setting.source})", style="dim")
     with locked(profile.workspace, f"mtgdm {stage.name}"):
-        result = run_stage(stage, settings, profile, _terminal)
+        result = run_stage(stage, settings, profile, _terminal())
     if result.summary:
-        _terminal.print(f"{stage.name}: {result.summary}")
+        _terminal().print(f"{stage.name}: {result.summary}")
 
 
 def _load(name: str) -> Profile:
@@ -226,10 +243,10 @@ def run_all(
     loaded = _load(profile)
     chain = _cut(pipeline.steps(_registry(), loaded), from_, to)
     with pipeline.locked(loaded.workspace, "mtgdm all"):
-        said = pipeline.run_all(chain, loaded, _terminal, force=force)
-    _terminal.print()
+        said = pipeline.run_all(chain, loaded, _terminal(), force=force)
+    _terminal().print()
     found = zip(chain, pipeline.conditions(chain, loaded), strict=True)
-    _terminal.table(
+    _terminal().table(
         ["stage", "result", "lies in"],
         [
             [step.stage.name, said[step.stage.name], ", ".join(_short(path, loaded) for path in one.outputs)]
@@ -237,7 +254,7 @@ def run_all(
         ],
     )
     if loaded.workspace != Path.cwd():
-        _terminal.print(f"workspace: {loaded.workspace}")
+        _terminal().print(f"workspace: {loaded.workspace}")
 
 
 def _cut(chain: list[Any], first: str | None, last: str | None) -> list[Any]:
@@ -277,7 +294,7 @@ def status(profile: ProfileOption = "default", as_json: JsonOption = False) -> N
             ]
         )
         return
-    _terminal.table(
+    _terminal().table(
         ["stage", "state", "why", "finished", "output"],
         [
             [
@@ -310,7 +327,7 @@ def plan(profile: ProfileOption = "default", as_json: JsonOption = False) -> Non
     if as_json:
         _print_json(found)
         return
-    _terminal.table(
+    _terminal().table(
         ["stage", "state", "what it would do"],
         [
             [
@@ -337,7 +354,7 @@ def doctor(profile: ProfileOption = "default", as_json: JsonOption = False) -> N
     if as_json:
         _print_json([finding.model_dump() for finding in findings])
     else:
-        _terminal.table(
+        _terminal().table(
             ["", "what", "found", "mend it with"],
             [[finding.state, finding.what, finding.found, finding.mend] for finding in findings],
         )
@@ -371,7 +388,7 @@ def stages(as_json: JsonOption = False) -> None:
     if as_json:
         _print_json(found)
         return
-    _terminal.table(
+    _terminal().table(
         ["stage", "package", "does"],
         [[one["stage"] or "", one["package"] or "", one["error"] or one["help"] or ""] for one in found],
     )
@@ -387,7 +404,7 @@ def profiles(as_json: JsonOption = False) -> None:
     if as_json:
         _print_json(found)
         return
-    _terminal.table(
+    _terminal().table(
         ["profile", "what for", "lies in"],
         [[one["profile"], one["description"], one["path"]] for one in found],
     )
@@ -423,10 +440,10 @@ def config_show(
         _print_json({**top, **sections})
         return
     if not stage:
-        _terminal.print(f"domain = {loaded.domain}")
-        _terminal.print(f"workspace = {loaded.workspace}")
-        _terminal.print(f"pipeline = {', '.join(loaded.pipeline)}")
-    _terminal.table(
+        _terminal().print(f"domain = {loaded.domain}")
+        _terminal().print(f"workspace = {loaded.workspace}")
+        _terminal().print(f"pipeline = {', '.join(loaded.pipeline)}")
+    _terminal().table(
         ["setting", "value", "from"],
         [
             [f"{section}.{key}", _value(setting.value), setting.source]
@@ -448,7 +465,7 @@ def config_schema() -> None:
 
 
 def _print_json(value: Any) -> None:
-    _terminal.json(json.dumps(value, ensure_ascii=False, indent=2))
+    _terminal().json(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def _first_line(text: str) -> str:
@@ -477,9 +494,9 @@ def _number(value: Any) -> str:
 
 
 def _stop(error: MtgdmError) -> NoReturn:
-    if _terminal.verbose:
+    if _terminal().verbose:
         traceback.print_exception(error)
-    _terminal.error(error)
+    _terminal().error(error)
     raise SystemExit(error.exit_code)
 
 

@@ -37,7 +37,7 @@ class FileState(BaseModel):
     come and go while training, are left out.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     path: str
     sha256: str
@@ -48,7 +48,7 @@ class FileState(BaseModel):
 class SettingValue(BaseModel):
     """One setting and where it came from: `default`, `ollama-32b.yaml:9`, `MTGDM_TEACHER_URL`, `--url`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     value: Any
     source: str
@@ -57,7 +57,7 @@ class SettingValue(BaseModel):
 class Manifest(BaseModel):
     """Everything that led to one output."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     stage: str
     output: FileState

@@ -6,22 +6,24 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 
 from mtgdm.errors import SettingError, nearest
-from mtgdm.manifest import SettingValue
 from mtgdm.shipped import shipped
 from mtgdm.stage import Flag, Runtime, Stage, StageConfig, key_of, marks
+
+if TYPE_CHECKING:
+    import yaml
+
+    from mtgdm.manifest import SettingValue
+# yaml and the manifest are imported where they are used: together a seventh of the time of `--help`.
 
 PIPELINE = ("prompts", "teacher", "train", "report", "eval", "eval-report", "package")
 """The stages of `mtgdm all` where a profile names none."""
 
 _TOP_LEVEL = ("extends", "description", "domain", "workspace", "pipeline")
-
-ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def load_profile(name: str, known_sections: Iterable[str]) -> Profile:
 
 def describe(path: Path) -> str:
     """The `description` of one file, or why it cannot be read."""
+    import yaml
+
     try:
         node = _compose(path)
     except SettingError as error:
@@ -141,6 +145,8 @@ def describe(path: Path) -> str:
 def _load(path: Path, known: set[str], above: tuple[Path, ...]) -> Profile:
     if path.resolve() in above:
         raise SettingError("a profile extends itself", where=path)
+    import yaml
+
     node = _compose(path)
     profile = Profile(name=path.stem, path=path)
     if node is None:
@@ -200,6 +206,8 @@ def _check_top(profile: Profile, path: Path) -> None:
 
 
 def _compose(path: Path) -> yaml.Node | None:
+    import yaml
+
     try:
         node: yaml.Node | None = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -225,6 +233,8 @@ def _pairs(path: Path, node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yam
 
 
 def _plain(path: Path, node: yaml.Node) -> Any:
+    import yaml
+
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_document(node)
@@ -251,6 +261,8 @@ def settings_for(
 
     `flags` holds what the command line gave, by key.
     """
+    from mtgdm.manifest import SettingValue
+
     fields = keys_of(stage.config)
     chosen: dict[str, Sourced] = {}
     for key, sourced in profile.sections.get(stage.section, {}).items():
@@ -351,6 +363,8 @@ def profile_schema(stages: Iterable[Stage[Any]]) -> dict[str, Any]:
         schema = stage.config.model_json_schema(by_alias=True, ref_template="#/$defs/{model}")
         definitions.update(schema.pop("$defs", {}))
         schema["description"] = stage.help
+        for name, text in stage.config.descriptions().items():
+            schema["properties"][key_of(name, stage.config.model_fields[name])]["description"] = text
         for name, info in stage.config.model_fields.items():
             for flag in marks(info, Flag):
                 own = schema["properties"][key_of(name, info)]

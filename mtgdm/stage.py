@@ -16,8 +16,11 @@ the stage is stale, and runs it inside `mtgdm all` only when there is something 
 
 from __future__ import annotations
 
+import ast
 import inspect
+import itertools
 import logging
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -79,11 +82,11 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        use_attribute_docstrings=True,
         validate_default=True,
         validate_by_name=True,
         validate_by_alias=True,
         protected_namespaces=(),
+        defer_build=True,  # `--help` looks at the fields alone; the validator is built when settings are read
     )
 
     @model_validator(mode="before")
@@ -98,6 +101,20 @@ class StageConfig(BaseModel):
                 if key in split and isinstance(split[key], str) and is_list(info.annotation):
                     split[key] = [part.strip() for part in split[key].split(",") if part.strip()]
         return split
+
+    @classmethod
+    def descriptions(cls) -> dict[str, str]:
+        """What the docstring under each field says, by field name.
+
+        Pydantic's `use_attribute_docstrings` reads the source of every class as it is made, a tenth of
+        the time of `mtgdm --help`, which shows none of it: here it is read when it is asked for.
+        """
+        found: dict[str, str] = {}
+        for kind in reversed(cls.__mro__):
+            if issubclass(kind, StageConfig) and kind is not StageConfig:
+                found.update(_attribute_docstrings(kind))
+        described = {name: info.description for name, info in cls.model_fields.items() if info.description}
+        return found | described
 
     def resolved(self, workspace: Path) -> Self:
         """The same settings with every path absolute: under the workspace, or where mtgdm ships it."""
@@ -240,6 +257,24 @@ class Context:
         if "log" in self.__dict__:
             for handler in self.log.handlers:
                 handler.close()
+
+
+def _attribute_docstrings(kind: type[Any]) -> Iterator[tuple[str, str]]:
+    try:
+        source = textwrap.dedent(inspect.getsource(kind))
+    except (OSError, TypeError):  # a class made in a shell has no source
+        return
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    for field_, text in itertools.pairwise(definition.body):
+        if (
+            isinstance(field_, ast.AnnAssign)
+            and isinstance(field_.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        ):
+            yield field_.target.id, inspect.cleandoc(text.value.value)
 
 
 def newest(folder: Path, pattern: str) -> Path:
