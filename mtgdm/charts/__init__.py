@@ -1,0 +1,1 @@
+"""Charts: one visual language, and PNGs through a browser; the only package that knows plotly and kaleido."""

@@ -1,0 +1,1 @@
+"""Reports: what metrics files say, as JSON, Markdown, a page and charts."""

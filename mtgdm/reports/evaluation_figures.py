@@ -1,0 +1,462 @@
+"""The charts of an evaluation: how good are the answers (quality), and how fast do they come (runtime)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from mtgdm.charts.style import (
+    BASE,
+    GRID,
+    PAPER,
+    SOFT_INK,
+    STUDENT,
+    Figure,
+    axis,
+    beside,
+    escape,
+    faded,
+    figure,
+    line_shape,
+    name_panel,
+    note,
+    nothing_here,
+    panel,
+    stacked,
+)
+from mtgdm.reports.evaluation import METRICS, EvalRow, Evaluation, Metric, interval_of, values_of
+from mtgdm.scoring.statistics import percentile
+
+MOST_TYPES = 4
+"""More prompt types than this do not fit side by side; the JSON and the page have them all."""
+MOST_ROWS = 3000
+BINS = 24
+SLOWEST_NAMED = 3
+
+
+def quality_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
+    """Base against student for each metric with 95 % intervals, over all rows and (not narrow) by type."""
+    columns: list[tuple[str, Sequence[EvalRow]]] = [("All rows", evaluation.rows)]
+    if len(evaluation.types) > 1 and not narrow:
+        sizes = sorted(evaluation.types, key=lambda name: -len(evaluation.of_type(name)))[:MOST_TYPES]
+        columns += [(name, evaluation.of_type(name)) for name in evaluation.types if name in sizes]
+    shares = [
+        metric for metric in METRICS if not metric.lower_is_better and values_of(evaluation.rows, metric.key)
+    ]
+    counts = [
+        metric for metric in METRICS if metric.lower_is_better and values_of(evaluation.rows, metric.key)
+    ]
+    subtitle = _subtitle(evaluation) + " · mean with 95 % interval, spots resampled"
+    chart = figure(
+        "Answers on held-out spots", subtitle, 330 + 58 * len(shares) + 190 + 110 * bool(counts), left=138
+    )
+    heights = [max(1.0, 58 * len(shares)), 130.0, *([46.0] if counts else [])]
+    bands = stacked(heights, 0.125)
+    widths = beside([1.55] + [1.0] * (len(columns) - 1), 0.035) if len(columns) > 1 else [(0.0, 1.0)]
+    most = max(
+        (value for _, rows in columns for metric in counts for value in _reach(rows, metric)), default=0.5
+    )
+    number = 0
+    for place, ((title, rows), across) in enumerate(zip(columns, widths, strict=True)):
+        first = place == 0
+        heading = f"{title} ({len(rows):,})"
+        number += 1
+        _dumbbells(chart, number, heading, rows, shares, across, bands[0], labels=first, top=1.0)
+        number += 1
+        _histogram(chart, number, rows, across, bands[1], labels=first)
+        if counts:
+            number += 1
+            _dumbbells(chart, number, "", rows, counts, across, bands[2], labels=first, top=most)
+    name_panel(chart, "<b>Rows by character F1</b>", x=widths[0][0], y=bands[1][1])
+    if counts:
+        text = "<b>Claims a row the record does not support</b> (fewer is better)"
+        name_panel(chart, text, x=widths[0][0], y=bands[2][1])
+    _legend(chart, evaluation)
+    return chart
+
+
+def runtime_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
+    """Latency and throughput: their distributions (below each other where narrow), and their course."""
+    chart = figure("Speed of generation", _subtitle(evaluation), 1240 if narrow else 1040)
+    bands = stacked([1.15] * (2 if narrow else 1) + [1, 1, 1], 0.075 if narrow else 0.085)
+    halves = [(0.0, 1.0)] * 2 if narrow else beside([1, 1], 0.075)
+    _spread_panel(chart, 1, "Latency, seconds a row", evaluation, "latency_s", halves[0], bands[0])
+    _spread_panel(chart, 2, "Tokens a second", evaluation, "tokens_per_s", halves[1], bands[-4])
+    _course_panel(chart, 3, "Latency over the run, seconds", evaluation, "latency_s", bands[-3])
+    _course_panel(chart, 4, "Tokens a second over the run", evaluation, "tokens_per_s", bands[-2])
+    _course_panel(chart, 5, "Output tokens over the run", evaluation, "output_tokens", bands[-1])
+    for number in (3, 4):
+        chart["layout"][f"xaxis{number}"] |= {"showticklabels": False, "matches": "x5"}
+    chart["layout"]["xaxis5"]["title"]["text"] = "row, in the order of evaluation"
+    _legend(chart, evaluation)
+    return chart
+
+
+def _dumbbells(
+    chart: Figure,
+    number: int,
+    title: str,
+    rows: Sequence[EvalRow],
+    metrics: Sequence[Metric],
+    across: tuple[float, float],
+    band: tuple[float, float],
+    *,
+    labels: bool,
+    top: float,
+) -> None:
+    """One line a metric: the base's mean and the student's, each with its interval, tied together."""
+    shares = not metrics or not metrics[0].lower_is_better
+    known = [(metric, _intervals(rows, metric)) for metric in metrics]
+    x_axis: dict[str, Any] = (
+        {"range": [-0.04, 1.04], "tickvals": [0, 0.25, 0.5, 0.75, 1], "ticktext": ["0", "", "0.5", "", "1"]}
+        if shares
+        else {"range": [-0.04 * top, 1.08 * top], "nticks": 4}
+    )
+    y_axis = {
+        "range": [len(metrics) - 0.35, -0.65],
+        "tickvals": list(range(len(metrics))),
+        "ticktext": [metric.label for metric in metrics],
+        "showticklabels": labels,
+        "showgrid": False,
+    }
+    panel(chart, number, title, x=across, y=band, x_axis=x_axis, y_axis=y_axis)
+    for place, (metric, (student, base)) in enumerate(known):
+        if student is None:
+            axes = (f"{axis('x', number)} domain", axis("y", number))
+            note(chart, "does not apply", x=0.5, y=place, color=SOFT_INK, size=11, axes=axes)
+            continue
+        if base is not None:
+            chart["data"].append(_tie(number, place, base[0], student[0]))
+            chart["data"].append(_mean(number, place, base, BASE, "base", metric))
+        chart["data"].append(_mean(number, place, student, STUDENT, "student", metric))
+        _write_means(
+            chart, number, place, student[0], None if base is None else base[0], wide=labels, top=top
+        )
+    if not metrics:
+        nothing_here(chart, number, "no metric in the file")
+    _keep_axes(chart, number)
+
+
+def _write_means(
+    chart: Figure, number: int, place: int, student: float, base: float | None, *, wide: bool, top: float
+) -> None:
+    """The means above their dots; where the dots are too close for two texts, one text for both."""
+    written = f"<b>{student:.2f}</b>"
+    if base is not None and abs(base - student) > (0.16 if wide else 0.3) * top:
+        _write(chart, number, place, f"{base:.2f}", base, 0.06 * top, 0.9 * top, wide=wide, color=SOFT_INK)
+        _write(chart, number, place, written, student, 0.06 * top, 0.9 * top, wide=wide, color=STUDENT)
+    else:
+        if base is not None:
+            written = f"<span style='color:{SOFT_INK}'>{base:.2f} →</span> {written}"
+        near, far = (0.15 * top, 0.85 * top) if wide else (0.25 * top, 0.75 * top)
+        _write(chart, number, place, written, student, near, far, wide=wide, color=STUDENT)
+
+
+def _write(
+    chart: Figure,
+    number: int,
+    place: int,
+    text: str,
+    x: float,
+    near: float,
+    far: float,
+    *,
+    wide: bool,
+    color: str,
+) -> None:
+    """A text above the dot at `x`, kept inside the panel at its ends."""
+    anchor, shift = ("left", -7.0) if x < near else ("right", 7.0) if x > far else ("center", 0.0)
+    axes = (axis("x", number), axis("y", number))
+    size = 12.5 if wide else 11.5
+    note(chart, text, x=x, y=place, size=size, color=color, anchor=anchor, shift=(shift, 15), axes=axes)
+
+
+def _histogram(
+    chart: Figure,
+    number: int,
+    rows: Sequence[EvalRow],
+    across: tuple[float, float],
+    band: tuple[float, float],
+    *,
+    labels: bool,
+) -> None:
+    x_axis = {
+        "range": [-0.04, 1.04],
+        "tickvals": [0, 0.25, 0.5, 0.75, 1],
+        "ticktext": ["0", "", "0.5", "", "1"],
+    }
+    panel(chart, number, "", x=across, y=band, x_axis=x_axis, y_axis={"nticks": 4, "rangemode": "tozero"})
+    if labels:
+        chart["layout"][f"yaxis{number}"]["title"] = {"text": "rows", "font": {"size": 12, "color": SOFT_INK}}
+    for base, color, name in ((True, BASE, "base"), (False, STUDENT, "student")):
+        values = values_of(rows, "char_f1", base=base)
+        if values:
+            chart["data"].append(_bars(values, 0.0, 0.05, 20, number, color, name))
+    _keep_axes(chart, number)
+
+
+def _spread_panel(
+    chart: Figure,
+    number: int,
+    title: str,
+    evaluation: Evaluation,
+    key: str,
+    across: tuple[float, float],
+    band: tuple[float, float],
+) -> None:
+    """A histogram of student and base, the student's median and 95th percentile marked."""
+    student = values_of(evaluation.rows, key)
+    base = values_of(evaluation.rows, key, base=True)
+    every = student + base
+    if not every:
+        panel(chart, number, title, x=across, y=band)
+        nothing_here(chart, number, "not in the metrics file")
+        _keep_axes(chart, number)
+        return
+    low, high = min(every), max(every)
+    low = 0.0 if 0 <= low < 0.4 * high else low
+    width = (high - low) / BINS or max(abs(high), 1.0) / BINS
+    traces = [
+        _bars(values, low, width, BINS, number, color, name)
+        for values, color, name in ((base, BASE, "base"), (student, STUDENT, "student"))
+        if values
+    ]
+    chart["data"] += traces
+    highest = max(count for trace in traces for count in trace["y"])
+    rows_title = {"text": "rows", "font": {"size": 12, "color": SOFT_INK}}
+    y_axis = {"nticks": 5, "range": [0, highest * 1.3], "title": rows_title}
+    x_axis = {"range": [low - (0.5 * width if low else 0), low + width * (BINS + 1.5)]}
+    panel(chart, number, title, x=across, y=band, y_axis=y_axis, x_axis=x_axis)
+    for share, anchor, shift in ((0.5, "right", -5), (0.95, "left", 5)):
+        value = percentile(student, share)
+        if math.isfinite(value):
+            line_shape(chart, number=number, color=STUDENT, x=value, dash="dot")
+            axes = (axis("x", number), f"{axis('y', number)} domain")
+            text = f"p{share * 100:.0f} {_short(value)}"
+            note(
+                chart,
+                text,
+                x=value,
+                y=1.0,
+                size=11.5,
+                color=STUDENT,
+                anchor=anchor,
+                shift=(shift, -9),
+                axes=axes,
+            )
+
+
+def _course_panel(
+    chart: Figure, number: int, title: str, evaluation: Evaluation, key: str, band: tuple[float, float]
+) -> None:
+    """A dot a row in the order of evaluation, with the running median of the student."""
+    every = values_of(evaluation.rows, key) + values_of(evaluation.rows, key, base=True)
+    y_axis = {"range": [0, max(every, default=1.0) * 1.15 or 1.0], "nticks": 5}
+    panel(chart, number, title, y=band, y_axis=y_axis, x_axis={"range": [0, len(evaluation.rows) + 1]})
+    stride = max(1, math.ceil(len(evaluation.rows) / MOST_ROWS))
+    drawn = list(enumerate(evaluation.rows, start=1))[::stride]
+    for base, color, name in ((True, BASE, "base"), (False, STUDENT, "student")):
+        points = [(place, value, row) for place, row in drawn for value in values_of([row], key, base=base)]
+        if not points:
+            continue
+        chart["data"].append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [place for place, _, _ in points],
+                "y": [value for _, value, _ in points],
+                "text": [escape(f"{row.spot or row.id} · {row.type}") for _, _, row in points],
+                "xaxis": axis("x", number),
+                "yaxis": axis("y", number),
+                "name": name,
+                "legendgroup": name,
+                "showlegend": False,
+                "marker": {
+                    "size": 6,
+                    "color": color,
+                    "opacity": 0.55,
+                    "line": {"color": PAPER, "width": 0.5},
+                },
+                "hovertemplate": "%{text}<br>%{y:.4~g}<extra>" + name + "</extra>",
+                "cliponaxis": False,
+            }
+        )
+        if not base:
+            chart["data"].append(_running_median(points, number))
+            if key == "latency_s":
+                _name_slowest(chart, number, points)
+    if not every:
+        nothing_here(chart, number, "not in the metrics file")
+    _keep_axes(chart, number)
+
+
+def _name_slowest(chart: Figure, number: int, points: Sequence[tuple[int, float, EvalRow]]) -> None:
+    """Write the spot beside the slowest rows, as far as the names stay clear of each other."""
+    named: list[int] = []
+    for place, value, row in sorted(points, key=lambda point: -point[1]):
+        if len(named) == SLOWEST_NAMED or row.spot is None:
+            break
+        if any(abs(place - other) < 0.16 * points[-1][0] for other in named):
+            continue
+        named.append(place)
+        share = place / (points[-1][0] + 1)
+        anchor = "left" if share < 0.1 else "right" if share > 0.9 else "center"
+        text = f"{escape(row.spot)} {_short(value)} s"
+        axes = (axis("x", number), axis("y", number))
+        note(
+            chart,
+            text,
+            x=place,
+            y=value,
+            size=11.5,
+            color=STUDENT,
+            anchor=anchor,
+            shift=(0, 14),
+            axes=axes,
+            behind=faded(PAPER, 0.75),
+        )
+
+
+def _running_median(points: Sequence[tuple[int, float, EvalRow]], number: int) -> dict[str, Any]:
+    half = max(1, len(points) // 20)
+    values = [value for _, value, _ in points]
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [place for place, _, _ in points],
+        "y": [percentile(values[max(0, at - half) : at + half + 1], 0.5) for at in range(len(values))],
+        "xaxis": axis("x", number),
+        "yaxis": axis("y", number),
+        "name": "student, running median",
+        "showlegend": number == 3,
+        "line": {"color": STUDENT, "width": 2.25},
+        "hoverinfo": "skip",
+    }
+
+
+def _bars(
+    values: Sequence[float], low: float, width: float, bins: int, number: int, color: str, name: str
+) -> dict[str, Any]:
+    """How many values fall into each bin, the bins without any left out."""
+    counts = Counter(min(bins - 1, int((value - low) / width)) for value in values)
+    return {
+        "type": "bar",
+        "x": [low + (place + 0.5) * width for place in sorted(counts)],
+        "y": [counts[place] for place in sorted(counts)],
+        "width": width * 0.94,
+        "xaxis": axis("x", number),
+        "yaxis": axis("y", number),
+        "name": name,
+        "legendgroup": name,
+        "showlegend": False,
+        "marker": {"color": faded(color, 0.6), "line": {"color": color, "width": 1}},
+        "hovertemplate": "%{y} rows near %{x:.3~g}<extra>" + name + "</extra>",
+    }
+
+
+def _mean(
+    number: int, place: int, interval: tuple[float, float, float], color: str, name: str, metric: Metric
+) -> dict[str, Any]:
+    mean, low, high = interval
+    known = math.isfinite(low) and math.isfinite(high)
+    span = f"<br>95 %: {low:.3f} to {high:.3f}" if known else "<br>too few spots for an interval"
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [mean],
+        "y": [place],
+        "xaxis": axis("x", number),
+        "yaxis": axis("y", number),
+        "name": name,
+        "legendgroup": name,
+        "showlegend": False,
+        "marker": {"size": 11, "color": color, "line": {"color": PAPER, "width": 1.25}},
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [max(0.0, high - mean) if known else 0],
+            "arrayminus": [max(0.0, mean - low) if known else 0],
+            "color": color,
+            "thickness": 2.25,
+            "width": 5,
+        },
+        "hovertemplate": f"{metric.label}: %{{x:.3f}}{span}<extra>{name}</extra>",
+        "cliponaxis": False,
+    }
+
+
+def _tie(number: int, place: int, start: float, end: float) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [start, end],
+        "y": [place, place],
+        "xaxis": axis("x", number),
+        "yaxis": axis("y", number),
+        "line": {"color": GRID, "width": 5},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+
+
+def _legend(chart: Figure, evaluation: Evaluation) -> None:
+    """Entries for the two colours, drawn as marks of their own so that every panel shares them."""
+    names = [("base", BASE)] if evaluation.compared else []
+    for name, color in [*names, ("student", STUDENT)]:
+        chart["data"].append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": [None],
+                "y": [None],
+                "name": name,
+                "legendgroup": name,
+                "marker": {"size": 11, "color": color},
+            }
+        )
+    chart["layout"]["barmode"] = "overlay"
+    chart["layout"]["legend"]["y"] = 1.045
+
+
+def _keep_axes(chart: Figure, number: int) -> None:
+    """Axes without a trace are not drawn: give an empty panel one that shows nothing."""
+    chart["data"].append(
+        {
+            "type": "scatter",
+            "x": [None],
+            "y": [None],
+            "xaxis": axis("x", number),
+            "yaxis": axis("y", number),
+            "hoverinfo": "skip",
+            "showlegend": False,
+        }
+    )
+
+
+def _reach(rows: Sequence[EvalRow], metric: Metric) -> list[float]:
+    """How far to the right the means and intervals of a metric go."""
+    return [value for one in _intervals(rows, metric) if one for value in (one[0], one[2]) if value > 0]
+
+
+def _intervals(
+    rows: Sequence[EvalRow], metric: Metric
+) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:
+    found = []
+    for base in (False, True):
+        one = interval_of(rows, metric.key, base=base)
+        found.append((one.mean, one.low, one.high) if one.rows else None)
+    return found[0], found[1]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _subtitle(evaluation: Evaluation) -> str:
+    rows = len(evaluation.rows)
+    parts = [f"{rows:,} row{'' if rows == 1 else 's'}"]
+    if evaluation.spots:
+        parts.append(f"{evaluation.spots:,} spot{'' if evaluation.spots == 1 else 's'}")
+    return " · ".join(parts)

@@ -1,0 +1,324 @@
+"""The eval report: what `evaluation` found, told as JSON, Markdown, page and charts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtgdm.reports import page
+from mtgdm.reports.evaluation import METRICS, EvalRow, Evaluation, Metric, describe, why_bad, worst
+from mtgdm.reports.evaluation_figures import quality_figure, runtime_figure
+from mtgdm.reports.publish import Report
+from mtgdm.reports.values import brief, counted, shown, span
+from mtgdm.rows import read_rows
+
+QUESTIONS = {
+    "quality": (
+        "How good are the answers?",
+        "Means with their 95 % intervals. Rows of one spot rise and fall together, so whole spots are resampled.",
+    ),
+    "runtime": ("How fast do they come?", "Latency, throughput and length of the answers, row by row."),
+}
+SPEEDS = (
+    ("latency_s", "seconds a row"),
+    ("tokens_per_s", "tokens a second"),
+    ("output_tokens", "output tokens"),
+    ("prompt_tokens", "prompt tokens"),
+)
+TONES = {"better": "good", "worse": "bad", "too few rows to tell": ""}
+WORST_SHOWN = 8
+TYPICAL_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Example:
+    """The texts of one evaluated row."""
+
+    prompt: str
+    reference: str
+    output: str
+    base_output: str | None
+
+
+def evaluation_report(
+    evaluation: Evaluation, *, model: str | None, source: str, outputs: Path, when: str
+) -> Report:
+    """The report of one evaluation; texts of rows come from `outputs` where it holds the same rows."""
+    data = {"kind": "eval", "created": when, "model": model, "metrics_file": source, **describe(evaluation)}
+    title = f"Eval report · {when}"
+    return Report(
+        title=title,
+        data=data,
+        markdown=lambda links: _markdown(title, data, links),
+        body=_body(evaluation, data, source, when, outputs),
+        charts={"quality": quality_figure(evaluation), "runtime": runtime_figure(evaluation)},
+        page_charts={
+            "quality-narrow": quality_figure(evaluation, narrow=True),
+            "runtime-narrow": runtime_figure(evaluation, narrow=True),
+        },
+    )
+
+
+def headline(data: Mapping[str, Any]) -> str:
+    """The evaluation in one line."""
+    of = counted(data["rows"], "row") + (f", {counted(data['spots'], 'spot')}" if data["spots"] else "")
+    student, base, difference = data["student"], data["base"] or {}, data["difference"]
+    if "char_f1" not in student:
+        return f"student evaluated on {of}"
+    now = student["char_f1"]["mean"]
+    if not difference:
+        return f"student alone ({of}): char_f1 {now:.2f}"
+    better = len(data["verdict"]["better"])
+    gain = f": char_f1 {base['char_f1']['mean']:.2f} → {now:.2f}" if "char_f1" in base else ""
+    return f"student beats its base on {better} of {len(difference)} metrics ({of}){gain}"
+
+
+def comparison(data: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Rows of the table base against student: metric, base, student, difference, verdict."""
+    student, base, difference = data["student"], data["base"] or {}, data["difference"] or {}
+    rows = []
+    for metric in METRICS:
+        if metric.key not in student:
+            continue
+        gain = difference.get(metric.key)
+        rows.append(
+            (
+                metric.label,
+                _mean(base.get(metric.key)),
+                _mean(student[metric.key]),
+                _signed(gain) if gain else "–",
+                gain["verdict"] if gain else "–",
+            )
+        )
+    return rows
+
+
+def speeds(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the table of speeds: what, then mean, p50 and p95 of the base and of the student."""
+    rows = []
+    for key, label in SPEEDS:
+        figures = [(data[who] or {}).get(key) for who in ("base", "student")]
+        if any(figures):
+            cells = [brief(one[name]) if one else "–" for one in figures for name in ("mean", "p50", "p95")]
+            rows.append((label, *cells))
+    return rows
+
+
+def _markdown(title: str, data: Mapping[str, Any], links: Mapping[str, str]) -> str:
+    lines = [f"# {title}", "", f"**{_sentence(headline(data))}.**", "", _about(data), ""]
+    lines += [
+        "| metric | base (95 % interval) | student (95 % interval) | student − base | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {' | '.join(row)} |" for row in comparison(data)]
+    lines += ["", *(f"- **{metric.label}**: {metric.meaning}" for metric in _present(data)), ""]
+    lines += _picture("quality", links)
+    if len(data["by_type"]) > 1:
+        names = list(data["by_type"])
+        lines += ["## By prompt type", "", f"| student | {' | '.join(map(_cell, names))} |"]
+        lines += [f"|---|{'---|' * len(names)}"]
+        lines += [f"| {' | '.join(row)} |" for row in _by_type(data)]
+        lines += [""]
+    lines += ["## Speed", "", "| | base mean | p50 | p95 | student mean | p50 | p95 |", "|---|" + "---:|" * 6]
+    lines += [f"| {' | '.join(row)} |" for row in speeds(data)]
+    lines += ["", *_picture("runtime", links)]
+    if data["worst_rows"]:
+        lines += [
+            "## Where it fails",
+            "",
+            "| spot | type | character F1 | why | row |",
+            "|---|---|---:|---|---|",
+        ]
+        lines += [
+            f"| {_cell(row['spot'] or '–')} | {_cell(row['type'])} | {shown(row['char_f1'])} "
+            f"| {', '.join(row['why'])} | `{row['id']}` |"
+            for row in data["worst_rows"]
+        ]
+        lines += [""]
+    if data["notes"]:
+        lines += ["## Notes", "", *(f"- {note}" for note in data["notes"]), ""]
+    return "\n".join([*lines, f"Made from `{data['metrics_file']}`.", ""])
+
+
+def _body(
+    evaluation: Evaluation, data: Mapping[str, Any], source: str, when: str, outputs: Path
+) -> list[str]:
+    kicker = f"mtgdm eval report · {when}" + (f" · {data['model']}" if data["model"] else "")
+    body = [page.header(kicker, _sentence(headline(data)), lines=[_about(data)]), page.cards(_cards(data))]
+    rows = [
+        (
+            f"{page.escape(metric)}<br><small>{page.escape(meaning.meaning)}</small>",
+            *(_spanned(cell) for cell in (base, student, gain)),
+            page.tagged(verdict, TONES.get(verdict, "")) if verdict != "–" else "–",
+        )
+        for (metric, base, student, gain, verdict), meaning in zip(
+            comparison(data), _present(data), strict=True
+        )
+    ]
+    columns = ["metric", "base", "student", "student − base", "verdict"]
+    lead = "Means over the rows, with 95 % intervals; the difference is taken row by row."
+    body.append(page.section("Base against student", lead, page.table(columns, rows)))
+    body.append(page.chart("quality", *QUESTIONS["quality"]))
+    if len(data["by_type"]) > 1:
+        cells = [tuple(page.escape(cell) for cell in row) for row in _by_type(data)]
+        columns = ["metric", *(f"#{name}" for name in data["by_type"])]
+        lead = "The student's means; the base's before the arrow."
+        body.append(page.section("By prompt type", lead, page.table(columns, cells)))
+    body.append(page.chart("runtime", *QUESTIONS["runtime"]))
+    columns = ["", "#base mean", "#p50", "#p95", "#student mean", "#p50", "#p95"]
+    cells = [tuple(page.escape(cell) for cell in row) for row in speeds(data)]
+    body.append(page.section("Speed in figures", "", page.table(columns, cells)))
+    body += _examples(evaluation, outputs)
+    if data["notes"]:
+        items = "".join(f"<li>{page.escape(note)}</li>" for note in data["notes"])
+        body.append(page.section("Notes", "", f"<ul>{items}</ul>"))
+    body.append(f"<footer>Made from <code>{page.escape(source)}</code>.</footer>")
+    return body
+
+
+def _examples(evaluation: Evaluation, outputs: Path) -> list[str]:
+    """The rows to look at: the worst, then typical ones, with their texts where they are at hand."""
+    bad = worst(evaluation.rows, WORST_SHOWN)
+    typical = _typical(evaluation, {row.id for row in bad})
+    found = _texts(outputs, [*bad, *typical])
+    body = []
+    if bad:
+        lead = "The rows least like their reference. Marked is what leaves it."
+        body.append(page.section("Where it fails", lead, *(_example(row, found.get(row.id)) for row in bad)))
+    if typical and found:
+        lead = "Rows in the middle of the field, one of each prompt type."
+        body.append(
+            page.section("Typical answers", lead, *(_example(row, found.get(row.id)) for row in typical))
+        )
+    return body
+
+
+def _example(row: EvalRow, texts: Example | None) -> str:
+    why = "".join(page.tagged(reason, "warn") for reason in why_bad(row))
+    summary = (
+        f"<b>{page.escape(row.spot or row.id)}</b> <span class='soft'>{page.escape(row.type)} · "
+        f"character F1 {shown(row.student.get('char_f1'))}</span>{why}"
+    )
+    if texts is None:
+        return page.details(summary, f"<p class='soft'>row <code>{page.escape(row.id)}</code></p>")
+    blocks = [
+        ("reference (teacher)", page.escape(texts.reference), False),
+        ("student", page.marked(texts.output, texts.reference), False),
+    ]
+    if texts.base_output is not None:
+        blocks.append(("base", page.escape(texts.base_output), True))
+    return page.details(summary, page.texts([*blocks, ("prompt", page.escape(texts.prompt), True)]))
+
+
+def _typical(evaluation: Evaluation, taken: set[str]) -> list[EvalRow]:
+    """The row with the middle character F1 of each prompt type."""
+    rows = []
+    for name in evaluation.types[:TYPICAL_SHOWN]:
+        field = sorted(evaluation.of_type(name), key=lambda row: row.student.get("char_f1") or 0.0)
+        middle = field[len(field) // 2]
+        if middle.id not in taken:
+            rows.append(middle)
+    return rows
+
+
+def _texts(outputs: Path, rows: Sequence[EvalRow]) -> dict[str, Example]:
+    """The texts of these rows, from a file of eval rows; a row whose metrics differ is of another run."""
+    if not outputs.is_file():
+        return {}
+    wanted = {row.id: row for row in rows}
+    found: dict[str, Example] = {}
+    for row in read_rows(outputs):
+        asked = wanted.get(row.id)
+        output, metrics = row.rest.get("output"), row.rest.get("metrics")
+        if asked is None or not isinstance(output, str) or metrics != asked.student:
+            continue
+        base = row.rest.get("base_output")
+        found[row.id] = Example(
+            prompt="\n\n".join(message["content"] for message in row.prompt),
+            reference=str(row.rest.get("reference") or ""),
+            output=output,
+            base_output=base if isinstance(base, str) else None,
+        )
+    return found
+
+
+def _cards(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    student, base = data["student"], data["base"] or {}
+    cards = [("held-out rows", f"{data['rows']:,}", counted(data["spots"], "spot"))]
+    for key in ("char_f1", "contract_valid", "fact_recall"):
+        if key in student:
+            before = f"{base[key]['mean']:.2f} → " if key in base else ""
+            label = next(metric.label for metric in METRICS if metric.key == key)
+            bounds = span(student[key]["ci95"])
+            cards.append((label, f"{before}{student[key]['mean']:.2f}", f"95 %: {bounds}" if bounds else ""))
+    if "latency_s" in student:
+        latency = student["latency_s"]
+        cards.append(
+            (
+                "latency, median",
+                f"{brief(latency['p50'])} s",
+                f"95 % of rows within {brief(latency['p95'])} s",
+            )
+        )
+    if "tokens_per_s" in student:
+        speed = student["tokens_per_s"]
+        cards.append(("tokens a second", brief(speed["mean"]), f"median {brief(speed['p50'])}"))
+    return cards
+
+
+def _about(data: Mapping[str, Any]) -> str:
+    verdict = data["verdict"]["text"]
+    who = f"Student: {data['model']}. " if data["model"] else ""
+    return f"{who}{_sentence(verdict)}."
+
+
+def _by_type(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("rows", *(f"{one['rows']:,}" for one in data["by_type"].values()))]
+    for metric in _present(data):
+        cells = []
+        for one in data["by_type"].values():
+            now, before = one["student"].get(metric.key), (one["base"] or {}).get(metric.key)
+            arrow = f"{before['mean']:.2f} → " if now and before else ""
+            cells.append(f"{arrow}{now['mean']:.2f}" if now else "–")
+        rows.append((metric.label, *cells))
+    return rows
+
+
+def _present(data: Mapping[str, Any]) -> list[Metric]:
+    return [metric for metric in METRICS if metric.key in data["student"]]
+
+
+def _picture(name: str, links: Mapping[str, str]) -> list[str]:
+    return [f"![{QUESTIONS[name][0]}]({links[name]})", ""] if name in links else []
+
+
+def _mean(figures: Mapping[str, Any] | None) -> str:
+    if figures is None:
+        return "–"
+    bounds = span(figures["ci95"])
+    return f"{shown(figures['mean'])} ({bounds})" if bounds else shown(figures["mean"])
+
+
+def _signed(figures: Mapping[str, Any]) -> str:
+    mean, (low, high) = figures["mean"], figures["ci95"]
+    text = f"{mean:+.2f}"
+    if math.isfinite(low) and math.isfinite(high):
+        text += f" ({low:+.2f} to {high:+.2f})"
+    return text.replace("-", "−")
+
+
+def _spanned(cell: str) -> str:
+    """`0.79 (0.69 to 0.88)` with the interval small."""
+    mean, bracket, bounds = cell.partition(" (")
+    return f"{page.escape(mean)} <small>({page.escape(bounds)}</small>" if bracket else page.escape(mean)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,120 @@
+"""The HTML of a report: one file that needs no network, in light and dark, on a desk and on a phone."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtgdm.charts.style import DARK, Figure
+from mtgdm.reports.values import finite
+
+Tone = str
+"""`good`, `bad`, `warn`, `info`, or empty."""
+
+
+def page(title: str, body: Sequence[str], figures: Mapping[str, Figure], plotly: str) -> str:
+    """The whole page: sections of HTML, the figures they name, and plotly's own JavaScript."""
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    parts = {
+        "title": escape(title),
+        "body": "\n".join(body),
+        "plotly": plotly.replace("</script", "<\\/script"),
+        "figures": _json(figures),
+        "dark": _json(DARK),
+    }
+    # Split first: what is put in may hold anything, the marks of the template too.
+    pieces = template.split("{{")
+    written = [pieces[0]]
+    for piece in pieces[1:]:
+        name, _, rest = piece.partition("}}")
+        written += [parts[name], rest]
+    return "".join(written)
+
+
+def header(
+    kicker: str, title: str, *, pill: tuple[str, Tone] | None = None, lines: Sequence[str] = ()
+) -> str:
+    """The head of the page: what this is, the sentence to remember, and why."""
+    badge = f"<p>{tagged(*pill)}</p>" if pill else ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    reasons = f"<ul>{items}</ul>" if items else ""
+    return f'<header><p class="kicker">{escape(kicker)}</p><h1>{escape(title)}</h1>{badge}{reasons}</header>'
+
+
+def cards(items: Sequence[tuple[str, str, str]]) -> str:
+    """A few figures large: label, value, and a line under it."""
+    boxes = "".join(
+        f'<div class="card"><span>{escape(label)}</span><b>{escape(value)}</b><span>{escape(under)}</span></div>'
+        for label, value, under in items
+    )
+    return f'<section class="cards">{boxes}</section>'
+
+
+def chart(name: str, title: str, lead: str) -> str:
+    """A place for a figure with the question it answers."""
+    return section(title, lead, f'<div class="chart" data-figure="{escape(name)}"></div>')
+
+
+def section(title: str, lead: str, *content: str) -> str:
+    """A titled box; `content` is HTML."""
+    under = f'<p class="soft">{escape(lead)}</p>' if lead else ""
+    return f"<section><h2>{escape(title)}</h2>{under}{''.join(content)}</section>"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of HTML cells; columns whose name begins with `#` are numbers."""
+    numbers = [column.startswith("#") for column in columns]
+    kinds = [' class="number"' if number else "" for number in numbers]
+    head = "".join(
+        f"<th{kind}>{escape(column.lstrip('#'))}</th>" for column, kind in zip(columns, kinds, strict=True)
+    )
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def details(summary: str, *content: str) -> str:
+    """Something to open; both are HTML."""
+    return f"<details><summary>{summary}</summary>{''.join(content)}</details>"
+
+
+def texts(blocks: Sequence[tuple[str, str, bool]]) -> str:
+    """Texts side by side: title, HTML of the text, and whether it takes the whole width."""
+    boxes = "".join(
+        f'<div class="{"wide" if wide else ""}"><h3>{escape(title)}</h3><pre>{text}</pre></div>'
+        for title, text, wide in blocks
+    )
+    return f'<div class="texts">{boxes}</div>'
+
+
+def marked(output: str, reference: str) -> str:
+    """The output as HTML, marked where it leaves the reference; plain where the two share too little."""
+    from rapidfuzz.distance import LCSseq
+
+    if LCSseq.normalized_similarity(reference, output) < 0.5:
+        return escape(output)
+    pieces = []
+    for step in LCSseq.opcodes(reference, output):
+        piece = escape(output[step.dest_start : step.dest_end])
+        pieces.append(piece if step.tag == "equal" or not piece else f"<mark>{piece}</mark>")
+    return "".join(pieces)
+
+
+def tagged(text: str, tone: Tone = "") -> str:
+    """A word in a coloured pill."""
+    return f'<span class="pill {tone}">{escape(text)}</span>'
+
+
+def escape(text: str) -> str:
+    """Text as HTML; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
+    return html.escape(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand in a script element; NaN, which JSON has no word for, becomes null."""
+    return json.dumps(finite(value), ensure_ascii=True, separators=(",", ":")).replace("</", "<\\/")
