@@ -1,0 +1,1 @@
+"""The student side: models, chat template, packing, training, generation."""
