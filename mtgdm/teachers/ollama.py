@@ -170,9 +170,10 @@ class Ollama(Backend):
 
 def server_url(given: str) -> str:
     """A server's address as a user may write it: `localhost:11434`, with a slash, with the path of an API."""
-    text = given.strip().rstrip("/")
+    text = given.strip()
     if "://" not in text:
         text = f"http://{text}"
+    text = text.rstrip("/")
     for ending in ("/api/chat", "/api", "/v1"):
         text = text.removesuffix(ending)
     try:

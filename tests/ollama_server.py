@@ -1,0 +1,264 @@
+"""An Ollama server for tests: the HTTP API as its source has it, an answer of our choosing, faults on request.
+
+Durations are nanoseconds; counts of zero and empty reasons are left out of replies; wrong types of options
+are errors, unknown options are not; a prompt that does not fit is refused only where `truncate` and `shift`
+are off, and otherwise cut without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+JsonObject = dict[str, Any]
+
+_OPTION_TYPES: dict[str, type | tuple[type, ...]] = {
+    "num_ctx": int,
+    "num_predict": int,
+    "num_gpu": int,
+    "seed": int,
+    "temperature": (int, float),
+    "top_p": (int, float),
+}
+
+
+@dataclass
+class Question:
+    """One chat request: what was asked and how often the same words came before."""
+
+    body: JsonObject
+    number: int
+    times: int
+
+    @property
+    def text(self) -> str:
+        """The last message."""
+        content: str = self.body["messages"][-1]["content"]
+        return content
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What to do instead of answering."""
+
+    status: int = 200
+    body: bytes | JsonObject | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    drop: bool = False
+    """Close the connection without a word."""
+    half: bool = False
+    """Promise a whole body and close in its middle."""
+    hang_s: float = 0.0
+    change: Callable[[JsonObject], JsonObject] | None = None
+    """Answer, but change the reply."""
+
+
+@dataclass
+class OllamaServer:
+    """Serves while used as a context manager; everything may be changed while it runs."""
+
+    answer: Callable[[Question], str]
+    fault: Callable[[Question], Fault | None] = lambda question: None
+    models: dict[str, int] = field(default_factory=lambda: {"teacher:7b": 32768})
+    """Names with the length of their context."""
+    latency_s: float = 0.0
+    knows_think: bool = True
+    cuts_prompts: bool = False
+    """Like servers before `truncate` and `shift`: what does not fit is cut unseen."""
+    questions: list[Question] = field(default_factory=list)
+    most_in_flight: int = 0
+
+    def __enter__(self) -> Self:
+        self._lock = threading.Lock()
+        self._times: Counter[str] = Counter()
+        self._in_flight = 0
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    @property
+    def asked(self) -> list[str]:
+        """The last message of every chat request, in the order they came."""
+        return [question.text for question in self.questions]
+
+    def question(self, body: JsonObject) -> Question:
+        """Count a request."""
+        with self._lock:
+            words = json.dumps(body.get("messages"))
+            question = Question(body, len(self.questions), self._times[words])
+            self._times[words] += 1
+            self.questions.append(question)
+            self._in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self._in_flight)
+        return question
+
+    def left(self) -> None:
+        """A request is over."""
+        with self._lock:
+            self._in_flight -= 1
+
+    def chat(self, question: Question) -> tuple[int, JsonObject]:
+        """`POST /api/chat` without streaming."""
+        body = question.body
+        refusal = self._refusal(body)
+        if refusal is not None:
+            return refusal
+        options = body.get("options", {})
+        num_ctx = min(options.get("num_ctx", 4096), self.models[body["model"]])
+        prompt_tokens = sum(tokens(message["content"]) + 4 for message in body["messages"])
+        if prompt_tokens > num_ctx:
+            if not self.cuts_prompts and body.get("truncate") is False and body.get("shift") is False:
+                said = "the prompt is longer than the context length currently available to the model"
+                return 400, {"error": f"{said}; {prompt_tokens} > {num_ctx}"}
+            prompt_tokens = num_ctx // 2
+        content = self.answer(question)
+        room, predict = num_ctx - prompt_tokens, options.get("num_predict", -1)
+        limit = room if predict < 0 else min(predict, room)
+        cut = tokens(content) > limit
+        if cut:
+            content = content[: int(limit / 0.7)]
+        return 200, _reply(body["model"], content, prompt_tokens, "length" if cut else "stop")
+
+    def _refusal(self, body: JsonObject) -> tuple[int, JsonObject] | None:
+        if body.get("model") not in self.models:
+            return 404, {"error": f"model '{body.get('model')}' not found"}
+        if "think" in body and (not self.knows_think or body["think"] is True):
+            return 400, {"error": f'"{body["model"]}" does not support thinking'}
+        if isinstance(body.get("keep_alive"), bool | dict):
+            return 400, {"error": "time: invalid duration"}
+        for name, value in body.get("options", {}).items():
+            kinds = _OPTION_TYPES.get(name)
+            if kinds is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                return 500, {"error": f'option "{name}" must be of type integer'}
+        wanted = body.get("format")
+        if wanted not in (None, "", "json") and not (
+            isinstance(wanted, dict) and wanted.get("type") == "object"
+        ):
+            return 500, {
+                "error": f'invalid format: {wanted!r}; expected "json" or a valid JSON Schema object'
+            }
+        return None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away (tests kill them) is nothing to print."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server_of: ClassVar[OllamaServer]
+
+    def do_GET(self) -> None:
+        replies: dict[str, JsonObject] = {
+            "/api/version": {"version": "0.13.1"},
+            "/api/tags": {"models": [{"name": name, "model": name} for name in self.server_of.models]},
+        }
+        if self.path == "/":
+            self._send(200, b"Ollama is running", {"Content-Type": "text/plain; charset=utf-8"})
+        elif self.path in replies:
+            self._send(200, replies[self.path])
+        else:
+            self._send(404, b"404 page not found", {"Content-Type": "text/plain"})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/api/show":
+            self._show(body)
+        elif self.path == "/api/chat":
+            question = self.server_of.question(body)
+            try:
+                self._chat(question)
+            finally:
+                self.server_of.left()
+        else:
+            self._send(404, b"404 page not found", {"Content-Type": "text/plain"})
+
+    def _show(self, body: JsonObject) -> None:
+        context = self.server_of.models.get(body["model"])
+        if context is None:
+            self._send(404, {"error": f"model '{body['model']}' not found"})
+            return
+        info = {"general.architecture": "qwen2", "qwen2.context_length": context}
+        self._send(200, {"details": {"family": "qwen2"}, "model_info": info, "capabilities": ["completion"]})
+
+    def _chat(self, question: Question) -> None:
+        fault = self.server_of.fault(question) or Fault()
+        time.sleep(fault.hang_s or self.server_of.latency_s)
+        if fault.drop:
+            self.close_connection = True
+            return
+        if fault.body is not None or fault.status != 200:
+            self._send(
+                fault.status, fault.body if fault.body is not None else {"error": "boom"}, fault.headers
+            )
+            return
+        status, reply = self.server_of.chat(question)
+        if fault.change is not None:
+            reply = fault.change(reply)
+        self._send(status, reply, half=fault.half)
+
+    def _send(
+        self,
+        status: int,
+        body: bytes | JsonObject,
+        headers: dict[str, str] | None = None,
+        *,
+        half: bool = False,
+    ) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode("utf-8")
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json; charset=utf-8", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if half:
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+        else:
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Quiet."""
+
+
+def tokens(text: str) -> int:
+    """As many tokens as a vocabulary that knows Chinese would make, about."""
+    return int(len(text) * 0.7) + 1
+
+
+def _reply(model: str, content: str, prompt_tokens: int, reason: str) -> JsonObject:
+    counts = {"prompt_eval_count": prompt_tokens, "eval_count": tokens(content) if content else 0}
+    durations = {"total_duration": 5_000_000, "load_duration": 1_000, "eval_duration": 4_000_000}
+    return {
+        "model": model,
+        "created_at": "2026-11-23T14:30:00.000000000Z",
+        "message": {"role": "assistant", "content": content},
+        "done": True,
+        "done_reason": reason,
+        **{key: value for key, value in {**counts, **durations}.items() if value},
+    }
