@@ -1,0 +1,238 @@
+"""Where a model lies, on which device it runs, and loading it with errors a user can act on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mtgdm.errors import SettingError, UserError
+from mtgdm.student.installed import require
+
+DeviceMode = Literal["cuda0", "auto", "cpu"]
+Precision = Literal["auto", "float32", "bfloat16"]
+ComputeDtype = Literal["bfloat16", "float16", "float32"]
+
+TINY = "mtgdm-tiny"
+"""The name of the base model that ships with mtgdm."""
+
+_LFS = b"version https://git-lfs"
+_HUB_URL = re.compile(r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/")
+_SAVE_MEMORY = (
+    "--gradient-checkpointing, --batch 1 (and more --grad-accum), --load-in-4bit, a smaller --max-len"
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model goes and in which numbers it computes."""
+
+    device: str
+    """`cpu`, `cuda:0`, or `auto`: spread over the GPUs there are."""
+    weights: torch.dtype
+    autocast: torch.dtype | None
+    """Matrix products in this dtype over weights of a wider one; None computes in the weights' own."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether no GPU is used."""
+        return self.device == "cpu"
+
+
+def place(mode: DeviceMode, precision: Precision = "auto") -> Placement:
+    """The device of a mode, and the dtypes that suit it: bfloat16 on a GPU, float32 on a CPU."""
+    if mode == "cuda0" and not torch.cuda.is_available():
+        raise UserError(
+            "--device-mode cuda0 needs a CUDA GPU, and PyTorch sees none here",
+            hint="--device-mode cpu, or auto; `nvidia-smi` and a CUDA build of torch tell why none is seen",
+        )
+    if mode == "cpu" or not torch.cuda.is_available():
+        return Placement("cpu", torch.float32, torch.bfloat16 if precision == "bfloat16" else None)
+    device = "cuda:0" if mode == "cuda0" or torch.cuda.device_count() == 1 else "auto"
+    if precision == "float32":
+        return Placement(device, torch.float32, None)
+    half = torch.bfloat16 if precision == "bfloat16" or torch.cuda.is_bf16_supported() else torch.float16
+    return Placement(device, half, half)
+
+
+# --- where it lies -------------------------------------------------------------------------------
+
+
+def locate(name: str, workspace: Path) -> str:
+    """A folder where `name` is one (or the shipped base), else the Hub id it stands for."""
+    if name == TINY:
+        folder = Path(__file__).parent / "tiny_base"
+        if not (folder / "config.json").is_file():
+            raise UserError("the tiny base model is not in this installation", where=folder)
+        return str(folder)
+    folder = workspace / Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    hub_id = _HUB_URL.sub("", name.strip()).strip("/")
+    if name.startswith((".", "/", "~")) or "\\" in name or hub_id.count("/") > 1:
+        raise UserError("there is no such model folder", where=folder)
+    return hub_id
+
+
+def is_adapter(source: str) -> bool:
+    """Whether a folder holds a LoRA adapter rather than a model."""
+    folder = Path(source)
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(adapter: str) -> str:
+    """The base model that an adapter's folder names."""
+    for file, key in (("training.json", "base_model"), ("adapter_config.json", "base_model_name_or_path")):
+        path = Path(adapter) / file
+        if not path.is_file():
+            continue
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")).get(key)
+        except ValueError as error:
+            raise UserError(f"this file cannot be read: {error}", where=path) from error
+        if isinstance(value, str) and value:
+            return value
+    raise UserError("this adapter does not name its base model", where=adapter)
+
+
+def check_folder(source: str) -> None:
+    """UserError where a folder holds Git-LFS pointers in place of its files."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".safetensors", ".bin", ".json", ".model") or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise UserError(
+                    "this is a Git-LFS pointer, not the file itself",
+                    where=path,
+                    hint="git lfs pull && git lfs checkout",
+                )
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id."""
+    check_folder(source)
+    with _readable_errors(source, name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{name} has only a slow tokenizer, which cannot say where its tokens lie in the text"
+        )
+    return tokenizer
+
+
+def load_model(
+    source: str,
+    name: str,
+    placement: Placement,
+    *,
+    load_in_4bit: bool = False,
+    compute_dtype: ComputeDtype = "bfloat16",
+) -> PreTrainedModel:
+    """A causal language model on its device, in 4-bit NF4 with double quantisation where asked."""
+    if is_adapter(source):
+        raise UserError(
+            "this is a LoRA adapter, not a base model",
+            where=source,
+            hint=f"--student-base {base_of(source)}, which it was trained on",
+        )
+    check_folder(source)
+    options: dict[str, Any] = {"dtype": placement.weights, "device_map": _device_map(placement)}
+    if load_in_4bit:
+        require("bitsandbytes")
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
+        )
+    with _readable_errors(source, name), memory_errors():
+        AutoConfig.from_pretrained(source)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **options)
+    return model
+
+
+def _device_map(placement: Placement) -> Any:
+    return "auto" if placement.device == "auto" else {"": placement.device}
+
+
+@contextmanager
+def memory_errors(hint: str = _SAVE_MEMORY) -> Iterator[None]:
+    """Say which settings to change, the cheapest first, where memory runs out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory: {_first_line(error)}", hint=hint) from error
+        raise
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch failed for want of memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def _readable_errors(source: str, name: str) -> Iterator[None]:
+    """Turn what the Hub and the file formats raise into one line and a way out."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, SettingError | UserError):
+            raise
+        kinds = {type(cause).__name__ for cause in _causes(error)}
+        if Path(source).is_dir():
+            raise UserError(
+                f"the model cannot be loaded: {_first_line(error)}",
+                where=source,
+                hint="the folder needs config.json, tokenizer.json and *.safetensors of a causal language model",
+            ) from error
+        if "GatedRepoError" in kinds:
+            raise UserError(
+                f"{name} is gated: its owner wants its licence accepted",
+                hint=f"accept it on https://huggingface.co/{source}, then `hf auth login`",
+            ) from error
+        if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
+            raise UserError(
+                f"there is no model '{name}': neither a folder nor on the Hugging Face Hub",
+                hint=f"check the spelling, or use the offline base: --student-base {TINY}",
+            ) from error
+        if isinstance(error, OSError):
+            raise UserError(
+                f"the model '{name}' is not on this machine and cannot be fetched from the Hugging Face Hub",
+                hint="check the name and the network (HF_HUB_OFFLINE, proxies), give a folder that holds the model, "
+                f"or use the offline base: --student-base {TINY}",
+            ) from error
+        raise UserError(f"the model '{name}' cannot be loaded: {_first_line(error)}") from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it came from, down to the first."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

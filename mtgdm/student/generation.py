@@ -1,0 +1,155 @@
+"""Answers of a model: greedy, in left-padded batches sorted by length, halved where memory runs out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
+
+from mtgdm.errors import UserError
+from mtgdm.student import base
+from mtgdm.student.chat import Chat
+
+if TYPE_CHECKING:
+    from mtgdm.student.base import Placement
+
+_SAVE_MEMORY = "a smaller --batch or --max-new-tokens, --load-in-4bit"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote after a prompt.
+
+    `latency_s` is the row's share of its batch: the seconds of the batch divided by its rows, so that
+    the latencies of a run add up to its time, and `output_tokens / latency_s` is the throughput.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    output_tokens: int
+    latency_s: float
+
+
+def answers(
+    model: PreTrainedModel | PeftModel,
+    chat: Chat,
+    prompts: Sequence[list[int]],
+    *,
+    batch: int,
+    max_new_tokens: int,
+) -> Iterator[list[tuple[int, Answer]]]:
+    """Answers batch by batch with the place of their prompts; the longest prompts come first.
+
+    Rows of like length share a batch, so little is padded; in float32 every answer is the one that the
+    prompt gets alone. A batch that does not fit is halved and asked again.
+    """
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    size = batch
+    done = 0
+    while done < len(order):
+        places = order[done : done + size]
+        try:
+            found = _batch(model, chat, [prompts[place] for place in places], max_new_tokens)
+        except RuntimeError as error:
+            if not base.is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise UserError("out of memory with a single row", hint=_SAVE_MEMORY) from error
+            size = max(1, len(places) // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        yield list(zip(places, found, strict=True))
+        done += len(places)
+
+
+def _batch(
+    model: PreTrainedModel | PeftModel, chat: Chat, prompts: list[list[int]], max_new_tokens: int
+) -> list[Answer]:
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), chat.pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, prompt in enumerate(prompts):
+        ids[place, width - len(prompt) :] = torch.tensor(prompt)
+        mask[place, width - len(prompt) :] = 1
+    ends = end_tokens(model, chat)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        generate: Any = model.generate
+        written = generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+                max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=chat.pad
+            ),
+        )
+    rows = written[:, width:].tolist()
+    seconds = (time.perf_counter() - started) / len(prompts)
+    return [_answer(chat, row, ends, len(prompt), seconds) for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def _answer(chat: Chat, row: list[int], ends: list[int], prompt_tokens: int, seconds: float) -> Answer:
+    stop = next((place for place, token in enumerate(row) if token in ends), None)
+    written = row if stop is None else row[:stop]
+    text = chat.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Answer(
+        text=str(text),
+        finish_reason="length" if stop is None else "stop",
+        prompt_tokens=prompt_tokens,
+        output_tokens=len(written) + (stop is not None),
+        latency_s=seconds,
+    )
+
+
+def end_tokens(model: PreTrainedModel | PeftModel, chat: Chat) -> list[int]:
+    """The tokens that end an answer: the template's end of turn and those that the model declares."""
+    declared = getattr(model.generation_config, "eos_token_id", None)
+    ends = [declared] if isinstance(declared, int) else list(declared or [])
+    return sorted({chat.end_of_turn, *ends})
+
+
+def load(
+    source: str, name: str, placement: Placement, *, workspace: Path, load_in_4bit: bool
+) -> PreTrainedModel | PeftModel:
+    """A model to generate with: a checkpoint's adapter over its base, or a model as it is."""
+    if not base.is_adapter(source):
+        model = base.load_model(source, name, placement, load_in_4bit=load_in_4bit)
+        return _ready(model)
+    base.check_folder(source)
+    base_name = base.base_of(source)
+    model = base.load_model(
+        base.locate(base_name, workspace), base_name, placement, load_in_4bit=load_in_4bit
+    )
+    try:
+        adapted = PeftModel.from_pretrained(model, source)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"the adapter does not fit its base {base_name}: {str(error).strip().splitlines()[0]}",
+            where=source,
+            hint="was it trained on another model? `base_model` in training.json names it",
+        ) from error
+    return _ready(adapted)
+
+
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """The adapter added into the weights, which halves the matrix products of a token; 4-bit stays apart."""
+    if not isinstance(model, PeftModel) or getattr(model.get_base_model(), "is_loaded_in_4bit", False):
+        return model
+    whole: PreTrainedModel = model.merge_and_unload()
+    return _ready(whole)
+
+
+def _ready(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    model.eval()
+    model.config.use_cache = True
+    # Sampling settings of a model's own file would be warned of at every greedy call.
+    declared = getattr(model.generation_config, "eos_token_id", None)
+    model.generation_config = GenerationConfig(eos_token_id=declared)  # type: ignore[no-untyped-call]
+    return model

@@ -1,0 +1,523 @@
+"""LoRA training on transformers' Trainer: the loss at trained positions alone, every point kept, resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
+
+from mtgdm.errors import UserError
+from mtgdm.student.base import Placement, memory_errors
+from mtgdm.student.chat import IGNORED
+from mtgdm.student.examples import Example
+from mtgdm.student.resume import Mark, WholeCheckpoint, write_mark
+
+if TYPE_CHECKING:
+    from mtgdm.terminal import Progress
+
+LENGTH_GROUPS = 16
+"""So many batches' rows are sorted by length together: most of the padding goes, the order stays mixed."""
+
+EVAL_TOKENS = 16_384
+"""Positions of a batch while the loss on `val` is measured."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    targets: str | list[str]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The loop; 0 in `max_steps` goes by epochs."""
+
+    epochs: float
+    max_steps: int
+    lr: float
+    scheduler: str
+    warmup: float
+    weight_decay: float
+    batch: int
+    grad_accum: int
+    gradient_checkpointing: bool
+    seed: int
+    eval_steps: int
+    save_steps: int
+    logging_steps: int
+    early_stop: bool
+    patience: int
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended; `adapter` is the checkpoint folder whose weights are the result."""
+
+    adapter: Path
+    steps: int
+    best_step: int
+    best_eval_loss: float | None
+    first_eval_loss: float | None
+    stopped_early: bool
+    seconds: float
+
+
+class Points:
+    """The metrics file of a run: one JSON object a line, kept in memory too for the checkpoints."""
+
+    def __init__(self, path: Path, earlier: Sequence[dict[str, Any]] = ()) -> None:
+        """`earlier` are the points of the same run before it was interrupted."""
+        self.path = path
+        self.points: list[dict[str, Any]] = []
+        path.write_bytes(b"")
+        for point in earlier:
+            self.add(point)
+
+    def add(self, point: dict[str, Any]) -> None:
+        """Write a point."""
+        self.points.append(point)
+        with self.path.open("ab") as file:
+            file.write(json.dumps(point, ensure_ascii=False).encode("utf-8") + b"\n")
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def with_adapter(model: PreTrainedModel, lora: LoraSettings, *, checkpointing: bool, seed: int) -> PeftModel:
+    """The model with a fresh LoRA adapter, the only part that is trained."""
+    set_seed(seed)
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+    if checkpointing:
+        # The embeddings are frozen: without this no gradient would reach a checkpointed layer.
+        model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+    model.config.use_cache = False
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"no adapter can be put on this model: {error}") from error
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
+    """Rows padded on the right: causal attention never looks there, so no attention mask is needed."""
+    width = max(example.length for example in examples)
+    ids = torch.full((len(examples), width), pad, dtype=torch.long)
+    labels = torch.full((len(examples), width), IGNORED, dtype=torch.long)
+    for place, example in enumerate(examples):
+        ids[place, : example.length] = torch.tensor(example.tokens.ids)
+        labels[place, : example.length] = torch.tensor(example.tokens.labels)
+    return {"input_ids": ids, "labels": labels}
+
+
+class LengthGrouped(Sampler[int]):
+    """Row numbers in an order that puts rows of like length into one batch.
+
+    The order of an epoch hangs on the seed and the epoch alone, so a resumed run finds the place where
+    it was; transformers' own sampler draws it from the global random state, and would not.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self._lengths = lengths
+        self._batch = batch
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the loop before each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        shuffled = torch.randperm(len(self._lengths), generator=generator).tolist()
+        group = self._batch * LENGTH_GROUPS
+        ordered: list[int] = []
+        for start in range(0, len(shuffled), group):
+            ordered += sorted(shuffled[start : start + group], key=lambda row: -self._lengths[row])
+        batches = [ordered[start : start + self._batch] for start in range(0, len(ordered), self._batch)]
+        # A short batch stays last: the loader cuts the order into batches by counting.
+        short = [batches.pop()] if len(batches[-1]) < self._batch else []
+        for place in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[place]
+        for batch in short:
+            yield from batch
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+class StudentTrainer(Trainer):
+    """Trainer with the loss of the trained tokens, summed over all and divided by their number."""
+
+    def __init__(
+        self, model: PeftModel, args: TrainingArguments, train: list[Example], val: list[Example], pad: int
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda examples: collate(examples, pad),
+            train_dataset=train,
+            eval_dataset=val or None,
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True
+        self.tokens = 0
+        """Tokens of the steps so far, padding left out, in this process."""
+        self.trained_tokens = 0
+        self._adapted = model
+        self._pad = pad
+        self._train = train
+        self._val = sorted(val, key=lambda example: -example.length)
+        self._wanted: torch.Tensor | None = None
+        head = model.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(self._at_trained_positions)
+
+    def _at_trained_positions(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+        """Give the output layer only the hidden states whose logits the loss reads.
+
+        Exact, and on rows that are mostly prompt the largest matrix product of a small model shrinks
+        to a third. A hook rather than a call of the inner model, so that DDP and FSDP see a forward.
+        """
+        if self._wanted is None:
+            return None
+        return (inputs[0][self._wanted], *inputs[1:])
+
+    def summed_loss(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, int]:
+        """The loss summed over the trained tokens of a batch, and their number."""
+        labels = inputs["labels"]
+        wanted = torch.zeros_like(labels, dtype=torch.bool)
+        wanted[:, :-1] = labels[:, 1:] != IGNORED
+        targets = labels[:, 1:][wanted[:, :-1]]
+        self._wanted = wanted
+        try:
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        finally:
+            self._wanted = None
+        if logits.dim() == 3:  # a model whose output layer the hook could not reach
+            logits = logits[wanted]
+        return cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The loss of one batch, as a share of the mean over all batches of the step."""
+        loss, trained = self.summed_loss(model, inputs)
+        self.trained_tokens += trained
+        loss = loss / (trained if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """One batch forward and backward; a loss that is no number stops the run here."""
+        self.tokens += int((inputs["input_ids"] != self._pad).sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(float(loss)):
+            raise UserError(
+                f"the loss became {float(loss)} at step {self.state.global_step + 1}",
+                hint="lower --lr, or compute in wider numbers: --precision float32, --bnb-compute-dtype bfloat16",
+            )
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The loss on `val`: the mean over all trained tokens, not the mean of batch means."""
+        started = time.monotonic()
+        self._adapted.eval()
+        rank, world = self.args.process_index, self.args.world_size
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in _batches(self._val[rank::world], EVAL_TOKENS):
+            inputs = self._prepare_inputs(collate(batch, self._pad))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, trained = self.summed_loss(self._adapted, inputs)
+            total += torch.tensor([float(loss), float(trained)], dtype=torch.float64, device=total.device)
+        if world > 1:
+            total = self.accelerator.reduce(total, "sum")
+        loss_mean = float(total[0] / total[1])
+        if not math.isfinite(loss_mean):
+            raise UserError(f"the loss on val became {loss_mean}", hint="lower --lr")
+        metrics = {"eval_loss": loss_mean, "eval_runtime": time.monotonic() - started}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: transformers walks over all parameters for it at every step."""
+        return 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
+        lengths = [example.length for example in self._train]
+        return LengthGrouped(lengths, self.args.per_device_train_batch_size, self.args.seed)
+
+
+def _batches(examples: Sequence[Example], positions: int) -> Iterator[list[Example]]:
+    """Batches of at most so many positions, padding included; the rows come sorted, the longest first."""
+    batch: list[Example] = []
+    for example in examples:
+        if batch and (len(batch) + 1) * batch[0].length > positions:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
+class Watch(TrainerCallback):
+    """Points, progress, best checkpoint, early stop and the marks of whole checkpoints."""
+
+    def __init__(
+        self, settings: LoopSettings, points: Points, bar: Progress, fingerprint: str, before_s: float
+    ) -> None:
+        self._settings = settings
+        self._points = points
+        self._bar = bar
+        self._fingerprint = fingerprint
+        self._before_s = before_s
+        self._started = time.monotonic()
+        self.trainer: StudentTrainer
+        self.stopped_early = False
+        self._step_s = 0.0
+        self._steps = 0
+        self._tokens = self._trained = 0
+        self._begun = 0.0
+        self._notes: dict[str, str] = {}
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has trained, earlier sittings included."""
+        return self._before_s + time.monotonic() - self._started
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock of a step."""
+        self._begun = time.monotonic()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the clock; the last step is always measured and kept."""
+        self._step_s += time.monotonic() - self._begun
+        self._steps += 1
+        self._bar.advance()
+        if state.global_step >= state.max_steps:
+            control.should_save = control.should_log = True
+            control.should_evaluate = bool(self.trainer.eval_dataset)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A training point."""
+        logs: dict[str, float] = kwargs["logs"]
+        if "loss" not in logs or not self._steps:
+            return
+        if not math.isfinite(logs.get("grad_norm", 0.0)) and not args.fp16:
+            raise UserError(
+                f"the gradient became {logs['grad_norm']} at step {state.global_step}", hint="lower --lr"
+            )
+        tokens, trained = self.trainer.tokens - self._tokens, self.trainer.trained_tokens - self._trained
+        point = {
+            "event": "train",
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 4),
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "step_seconds": self._step_s / self._steps,
+            "tokens_per_s": tokens / self._step_s if self._step_s else 0.0,
+            "trained_tokens_per_s": trained / self._step_s if self._step_s else 0.0,
+        }
+        if torch.cuda.is_available():
+            point["peak_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        self._points.add(point)
+        self._say("loss", f"loss {logs['loss']:.4f}")
+        self._say("rate", f"{point['tokens_per_s']:,.0f} tok/s")
+        self._step_s, self._steps = 0.0, 0
+        self._tokens, self._trained = self.trainer.tokens, self.trainer.trained_tokens
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A point of the loss on `val`: a new best is saved, too many without one stop the run."""
+        metrics: dict[str, float] = kwargs["metrics"]
+        loss = metrics["eval_loss"]
+        self._points.add(
+            {
+                "event": "eval",
+                "step": state.global_step,
+                "eval_loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),
+                "seconds": metrics["eval_runtime"],
+            }
+        )
+        self._say("val", f"val {loss:.4f}")
+        if state.global_step == 0:
+            return
+        if state.best_metric is None or loss < state.best_metric:
+            control.should_save = True
+        if self._settings.early_stop and evals_without_gain(state.log_history, self._settings.threshold) >= (
+            self._settings.patience
+        ):
+            self.stopped_early = state.global_step < state.max_steps
+            control.should_training_stop = True
+            control.should_save = True
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Declare the checkpoint whole."""
+        if not state.is_world_process_zero:
+            return
+        finished = control.should_training_stop or state.global_step >= state.max_steps
+        mark = Mark(self._fingerprint, state.global_step, state.max_steps, finished, round(self.seconds, 3))
+        write_mark(Path(args.output_dir) / f"checkpoint-{state.global_step}", mark, self._points.points)
+
+    def _say(self, key: str, text: str) -> None:
+        self._notes[key] = text
+        self._bar.note(
+            " · ".join(self._notes[name] for name in ("loss", "val", "rate") if name in self._notes)
+        )
+
+
+def evals_without_gain(history: Sequence[dict[str, Any]], threshold: float) -> int:
+    """How many of the last measurements on `val` in a row did not beat the best before by the threshold.
+
+    Counted from the history, which a checkpoint carries: a resumed run stops where it would have.
+    """
+    best = math.inf
+    waited = 0
+    for entry in history:
+        if "eval_loss" not in entry or entry["step"] == 0:
+            continue
+        if entry["eval_loss"] < best - threshold:
+            best = entry["eval_loss"]
+            waited = 0
+        else:
+            waited += 1
+    return waited
+
+
+def total_steps(rows: int, settings: LoopSettings) -> int:
+    """Optimizer steps of a whole run in one process."""
+    if settings.max_steps:
+        return settings.max_steps
+    batches = math.ceil(rows / settings.batch)
+    return max(1, math.ceil(settings.epochs * math.ceil(batches / settings.grad_accum)))
+
+
+def train(
+    model: PeftModel,
+    examples: tuple[list[Example], list[Example]],
+    *,
+    settings: LoopSettings,
+    placement: Placement,
+    folder: Path,
+    pad: int,
+    points: Points,
+    fingerprint: str,
+    resume: WholeCheckpoint | None,
+    progress: Callable[[int, int], Any],
+) -> Outcome:
+    """Train, or go on from a checkpoint of the same run; the best checkpoint is the outcome.
+
+    `progress(total, done)` opens the bar. `folder` holds the `checkpoint-N/` while training.
+    """
+    train_examples, val_examples = examples
+    steps = total_steps(len(train_examples), settings)
+    args = _arguments(settings, placement, folder, with_eval=bool(val_examples), resumed=resume is not None)
+    if placement.device != "auto":
+        args._n_gpu = min(1, args.n_gpu)  # else the Trainer would spread one GPU's model by DataParallel
+    with progress(steps, resume.mark.step if resume else 0) as bar:
+        watch = Watch(settings, points, bar, fingerprint, resume.mark.seconds if resume else 0.0)
+        trainer = StudentTrainer(model, args, train_examples, val_examples, pad)
+        watch.trainer = trainer
+        trainer.add_callback(watch)
+        if resume is not None and resume.mark.finished:
+            trainer.state = TrainerState.load_from_json(str(resume.path / "trainer_state.json"))
+            watch.stopped_early = resume.mark.step < resume.mark.total_steps
+        else:
+            with memory_errors():
+                trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
+    state = trainer.state
+    best = state.best_global_step if state.best_global_step else state.global_step
+    first = next((entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry), None)
+    return Outcome(
+        adapter=folder / f"checkpoint-{best}",
+        steps=state.global_step,
+        best_step=best,
+        best_eval_loss=state.best_metric,
+        first_eval_loss=first,
+        stopped_early=watch.stopped_early,
+        seconds=watch.seconds,
+    )
+
+
+def _arguments(
+    settings: LoopSettings, placement: Placement, folder: Path, *, with_eval: bool, resumed: bool
+) -> TrainingArguments:
+    checkpointing: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        names = TrainingArguments.__dataclass_fields__
+        name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+        checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.grad_accum,
+        bf16=placement.autocast is torch.bfloat16,
+        fp16=placement.autocast is torch.float16,
+        use_cpu=placement.on_cpu,
+        seed=settings.seed,
+        eval_strategy="steps" if with_eval else "no",
+        eval_steps=settings.eval_steps,
+        eval_on_start=with_eval and not resumed,
+        metric_for_best_model="eval_loss" if with_eval else None,
+        greater_is_better=False if with_eval else None,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not placement.on_cpu,
+        ddp_find_unused_parameters=False,
+        **checkpointing,
+    )
