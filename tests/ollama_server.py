@@ -66,6 +66,8 @@ class OllamaServer:
 
     answer: Callable[[Question], str]
     fault: Callable[[Question], Fault | None] = lambda question: None
+    busy_shows: int = 0
+    """So many requests to /api/show are answered with 503 first."""
     models: dict[str, int] = field(default_factory=lambda: {"teacher:7b": 32768})
     """Names with the length of their context."""
     latency_s: float = 0.0
@@ -199,6 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"404 page not found", {"Content-Type": "text/plain"})
 
     def _show(self, body: JsonObject) -> None:
+        if self.server_of.busy_shows > 0:
+            self.server_of.busy_shows -= 1
+            self._send(503, {"error": "server busy, please try again.  maximum pending requests exceeded"})
+            return
         context = self.server_of.models.get(body["model"])
         if context is None:
             self._send(404, {"error": f"model '{body['model']}' not found"})

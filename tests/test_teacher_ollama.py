@@ -186,6 +186,21 @@ def test_a_model_that_is_not_pulled_comes_with_the_command(tmp_path: Path, serve
     assert not list((tmp_path / "data").glob("teacher*"))
 
 
+def test_a_server_that_is_busy_at_the_start_is_waited_for(tmp_path: Path, server: OllamaServer) -> None:
+    server.busy_shows = 3
+    write_prompts(tmp_path, 2)
+
+    assert ask(tmp_path, server).result.counts["kept"] == 4
+
+
+def test_a_server_that_stays_busy_is_said(tmp_path: Path, server: OllamaServer) -> None:
+    server.busy_shows = 100
+    write_prompts(tmp_path, 2)
+
+    with pytest.raises(UserError, match="the teacher does not answer: HTTP 503: server busy"):
+        ask(tmp_path, server, retries=2)
+
+
 def test_no_model_is_a_wrong_setting(tmp_path: Path, server: OllamaServer) -> None:
     write_prompts(tmp_path, 1)
 
@@ -234,7 +249,7 @@ def test_a_server_that_dies_in_the_middle_rejects_no_row(tmp_path: Path, server:
     prompts = write_prompts(tmp_path, 50)
     with pytest.raises(UserError, match="5 rows failed in the same way since the last answer"):
         ask(tmp_path, server, retries=1)
-    assert len(kept(tmp_path)) == 20
+    assert 15 <= len(kept(tmp_path)) <= 20  # the last ones may still be on the way when it stops
     assert not (tmp_path / "data" / "teacher.rejected.jsonl").exists()
 
     server.fault = lambda question: None

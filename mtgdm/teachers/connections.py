@@ -51,10 +51,13 @@ class Connections(httpx.AsyncBaseTransport):
             body = await response.aread()
             await response.aclose()
         except _FAILURES as error:
-            await connection.aclose()
             _raise_as_httpx(error, request)
-        if connection.is_idle():
-            idle.append(connection)
+        finally:
+            # A request cancelled before it was sent leaves an open connection that nobody else would close.
+            if connection.is_idle() and not connection.is_closed():
+                idle.append(connection)
+            else:
+                await connection.aclose()
         return httpx.Response(
             response.status,
             headers=response.headers,
