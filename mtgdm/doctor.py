@@ -133,7 +133,9 @@ def _plugins(registry: Registry) -> Iterator[Finding]:
 def _spots(profile: Profile, registry: Registry) -> Iterator[Finding]:
     if "prompts" not in registry.stages:
         return
-    for path in settings_for(registry.stage("prompts"), profile, {}).config.resolved(profile.workspace).inputs():
+    for path in (
+        settings_for(registry.stage("prompts"), profile, {}).config.resolved(profile.workspace).inputs()
+    ):
         if path.is_file():
             yield Finding(state="ok", what="records", found=str(path))
         else:

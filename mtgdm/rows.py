@@ -29,6 +29,9 @@ FSYNC_INTERVAL_S = 1.0
 _ROLES = frozenset({"system", "user", "assistant"})
 _ID_PREFIX = b'{"id": "'
 _ID_LENGTH = 24
+_MANIFEST = ".manifest.json"
+_BOM = b"\xef\xbb\xbf"
+_WHITE = b" \t\r\n"
 
 
 # --- identity ------------------------------------------------------------------------------------
@@ -114,8 +117,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            line = line.strip(b" \t\r\n")
+                line = line.removeprefix(_BOM)
+            line = line.strip(_WHITE)
             if line:
                 yield number, line
 
@@ -207,7 +210,12 @@ def encode(value: dict[str, Any]) -> bytes:
 
 def manifest_path(output: Path) -> Path:
     """Where the manifest of an output lies; it is written last, so its presence means complete."""
-    return output.with_name(output.name + ".manifest.json")
+    return output.with_name(output.name + _MANIFEST)
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is the manifest of another."""
+    return path.name.endswith(_MANIFEST)
 
 
 @contextmanager
@@ -379,11 +387,12 @@ def put_in_order(path: Path, ids: Iterable[str]) -> None:
         place = 0
         lines = 0
         for number, line in enumerate(file, start=1):
-            stripped = line.strip(b" \t\r\n")
+            mark = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
+            stripped = line[mark:].strip(_WHITE)
             if stripped:
                 identity = _line_id(path, number, stripped)
                 offsets.pop(identity, None)
-                offsets[identity] = (place, len(line))
+                offsets[identity] = (place + mark, len(line) - mark)
                 lines += 1
             place += len(line)
     order: dict[str, None] = dict.fromkeys(identity for identity in ids if identity in offsets)

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from mtgdm.plugins import named
+from mtgdm.rows import is_manifest
 from mtgdm.shipped import PREFIX, shipped
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def _attribute_docstrings(kind: type[Any]) -> Iterator[tuple[str, str]]:
 
 def newest(folder: Path, pattern: str) -> Path:
     """The last file of a folder by name that matches (names carry timestamps), or the pattern's own path."""
-    found = sorted(folder.glob(pattern)) if folder.is_dir() else []
+    found = sorted(path for path in folder.glob(pattern) if not is_manifest(path)) if folder.is_dir() else []
     return found[-1] if found else folder / pattern
 
 

@@ -26,6 +26,9 @@ PLAIN_INTERVAL_S = 15.0
 """Without a terminal a line of progress is printed this often, and at the end."""
 
 
+PIPE_COLUMNS = 1000
+
+
 class Terminal:
     """Everything the user sees."""
 
@@ -65,10 +68,11 @@ class Terminal:
         table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for column in columns:
             number = column.startswith("#")
-            table.add_column(column.lstrip("#"), justify="right" if number else "left", no_wrap=number)
+            table.add_column(column.lstrip("#"), justify="right" if number else "left", no_wrap=number, overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        self._out.print(table, soft_wrap=False)
+        # In a file or a pipe there is no edge to wrap at, and a path in two pieces is no path.
+        self._out.print(table, soft_wrap=False, width=None if self._out.is_terminal else PIPE_COLUMNS)
 
     @contextmanager
     def progress_view(self) -> Iterator[None]:

@@ -17,7 +17,6 @@ prompts:
   spots: spots.jsonl
 teacher:
   backend: offline
-  model: template
 """
 
 

@@ -207,6 +207,13 @@ def test_a_journal_is_put_in_order_and_duplicates_end_with_the_last(tmp_path: Pa
     assert path.stat().st_mtime_ns == before, "a file in order is left alone"
 
 
+def test_a_file_with_a_byte_order_mark_is_put_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + rows.encode({"id": an_id(2)}) + rows.encode({"id": an_id(1)}))
+    rows.put_in_order(path, [an_id(1), an_id(2)])
+    assert path.read_bytes() == rows.encode({"id": an_id(1)}) + rows.encode({"id": an_id(2)})
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_a_killed_journal_loses_no_row_it_has_written(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -35,6 +35,13 @@ class PromptsConfig(StageConfig):
     """Share of the spots that are kept for the evaluation."""
     seed: int = rows.SPLIT_SEED
     """Seed of the hash that puts a spot into its split."""
+
+    def estimate(self) -> dict[str, Any]:
+        """How many records there are to read."""
+        if not self.spots.is_file():
+            return {}
+        spots = sum(1 for _ in rows.read_lines(self.spots))
+        return {"spots": min(spots, self.limit) if self.limit else spots}
 
 
 @stage

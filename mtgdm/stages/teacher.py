@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from mtgdm.errors import UserError
 from mtgdm.plugins import named
+from mtgdm.rows import read_rows
 from mtgdm.stage import Context, Input, Output, Result, Runtime, stage
 from mtgdm.teachers.ledger import FactSums, Ledger, Prompts, Settled, count_lines, rejected_path
 from mtgdm.teachers.seam import GROUP, TeacherSettings
@@ -60,6 +62,15 @@ class TeacherConfig(TeacherSettings):
         if not total:
             return None
         return min(total, count_lines(self.out) + count_lines(rejected_path(self.out))), total
+
+    def estimate(self) -> dict[str, Any]:
+        """Rows to ask, and an upper bound of the tokens of their prompts."""
+        finished = self.finished()
+        if finished is None:
+            return {}
+        done, total = finished
+        tokens = sum(prompt_at_most(row.prompt) for row in islice(read_rows(self.in_), total))
+        return {"rows": total, "to_ask": total - done, "prompt_tokens_at_most": tokens}
 
 
 @stage

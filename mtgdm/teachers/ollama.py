@@ -74,11 +74,9 @@ class Ollama(Backend):
             ) from error
         except httpx.TransportError as error:
             raise Retryable(_words(error)) from error
+        if response.status_code == 404 and not _says_not_found(response):
+            return  # a proxy may pass /api/chat alone: the first question will tell
         self._raise_for(response)
-        if "details" not in _object(response):
-            raise Unavailable(
-                f"what answers at {self._url} is no Ollama server", hint="name the right one with --url"
-            )
 
     async def answer(
         self, messages: Sequence[Message], contract: type[BaseModel] | None, options: Options
@@ -140,7 +138,7 @@ class Ollama(Backend):
         said = _said(response)
         if status in _PASSING or status >= 500:
             raise Retryable(f"HTTP {status}: {said}", retry_after_s=_retry_after_s(response))
-        if status == 404 and "not found" in said and "model" in said:
+        if status == 404 and _says_not_found(response):
             raise Unavailable(f"the model '{self.model}' is not pulled", hint=f"ollama pull {self.model}")
         if status in (401, 403, 404, 405) or 300 <= status < 400:
             raise Unavailable(
@@ -224,6 +222,12 @@ def _reason(reply: dict[str, Any]) -> str:
 def _count(reply: dict[str, Any], key: str) -> int | None:
     value = reply.get(key)  # a count of 0 is left out of the reply
     return value if isinstance(value, int) else None
+
+
+def _says_not_found(response: httpx.Response) -> bool:
+    """Whether a 404 speaks of the model rather than of the path."""
+    said = _said(response)
+    return "model" in said and "not found" in said
 
 
 def _said(response: httpx.Response) -> str:
