@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,7 +98,7 @@ def font_hint(figures: Mapping[Path, Figure]) -> str | None:
 
 def _draw(figures: Mapping[Path, Figure], folder: Path, deadline: float, limit_s: float) -> Export:
     drawn = {path: folder / f"{number}.png" for number, path in enumerate(figures)}
-    jobs = [{"figure": figures[path], "path": str(drawn[path])} for path in figures]
+    jobs = [{"fig": figures[path], "path": str(drawn[path])} for path in figures]
     request = json.dumps(jobs).encode("utf-8")
     problem = ""
     for _ in range(ATTEMPTS):
@@ -114,7 +115,7 @@ def _draw(figures: Mapping[Path, Figure], folder: Path, deadline: float, limit_s
                 with replace(path) as file:
                     file.write(picture.read_bytes())
             return Export(written=list(drawn))
-        problem = said or f"the browser ended with code {code}"
+        problem = "a picture is not whole" if code == 0 else said or f"it ended with code {code}"
     return Export(problem=f"the browser failed: {problem}", hint=install_hint())
 
 
@@ -136,7 +137,14 @@ def _run_child(request: bytes, folder: Path, limit_s: float) -> tuple[int | None
             _end_tree(child)
         errors.seek(0)
         lines = errors.read().decode("utf-8", "replace").strip().splitlines()
-    return child.returncode, lines[-1].strip() if lines else ""
+    return child.returncode, _last_words(lines[-1].strip() if lines else "")
+
+
+def _last_words(line: str) -> str:
+    """The last line of a traceback without the module of the error and without advice for programmers."""
+    text = re.sub(r"^(?:\w+\.)+(\w+:)", r"\1", line)
+    text = re.sub(r"^(\w+: )\('(.*?)', '.*\)$", r"\1\2", text)
+    return text if len(text) <= 160 else text[:159] + "…"
 
 
 def _no_browser() -> str:
@@ -207,32 +215,22 @@ def _os_release() -> str:
 
 def draw_requested() -> int:
     """The child's part: figures as JSON on standard input, PNGs into the paths they name."""
-    import kaleido
-    from kaleido.errors import ChromeNotFoundError
-
-    jobs: list[dict[str, Any]] = json.loads(sys.stdin.buffer.read())
-    options: dict[str, Any] = {"n": 1, "mathjax": False}  # MathJax would be asked from the internet
     browser = find_browser()
     if browser is None:
         return NO_BROWSER
-    try:
-        kaleido.write_fig_from_object_sync(
-            [
-                {
-                    "fig": job["figure"],
-                    "path": job["path"],
-                    "opts": {
-                        "format": "png",
-                        "width": job["figure"]["layout"]["width"],
-                        "height": job["figure"]["layout"]["height"],
-                        "scale": SCALE,
-                    },
-                }
-                for job in jobs
-            ],
-            kopts={**options, "path": browser},
-            cancel_on_error=True,
-        )
-    except ChromeNotFoundError:
-        return NO_BROWSER
+    import kaleido
+
+    jobs: list[dict[str, Any]] = json.loads(sys.stdin.buffer.read())
+    for job in jobs:
+        layout = job["fig"]["layout"]
+        job["opts"] = {
+            "format": "png",
+            "width": layout["width"],
+            "height": layout["height"],
+            "scale": SCALE,
+        }
+    # MathJax would be asked from the internet: where packets vanish that costs a minute.
+    kaleido.write_fig_from_object_sync(
+        jobs, kopts={"n": 1, "mathjax": False, "path": browser}, cancel_on_error=True
+    )
     return 0

@@ -33,7 +33,6 @@ MOST_TYPES = 4
 """More prompt types than this do not fit side by side; the JSON and the page have them all."""
 MOST_ROWS = 3000
 BINS = 24
-SLOWEST_NAMED = 3
 
 
 def quality_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
@@ -71,7 +70,9 @@ def quality_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
             _dumbbells(chart, number, "", rows, counts, across, bands[2], labels=first, top=most)
     name_panel(chart, "<b>Rows by character F1</b>", x=widths[0][0], y=bands[1][1])
     if counts:
-        text = "<b>Claims a row the record does not support</b> (fewer is better)"
+        text = "<b>Unsupported facts a row</b>" + (
+            "" if narrow else " (claims the record does not hold: fewer is better)"
+        )
         name_panel(chart, text, x=widths[0][0], y=bands[2][1])
     _legend(chart, evaluation)
     return chart
@@ -84,7 +85,15 @@ def runtime_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
     halves = [(0.0, 1.0)] * 2 if narrow else beside([1, 1], 0.075)
     _spread_panel(chart, 1, "Latency, seconds a row", evaluation, "latency_s", halves[0], bands[0])
     _spread_panel(chart, 2, "Tokens a second", evaluation, "tokens_per_s", halves[1], bands[-4])
-    _course_panel(chart, 3, "Latency over the run, seconds", evaluation, "latency_s", bands[-3])
+    _course_panel(
+        chart,
+        3,
+        "Latency over the run, seconds",
+        evaluation,
+        "latency_s",
+        bands[-3],
+        names=1 if narrow else 3,
+    )
     _course_panel(chart, 4, "Tokens a second over the run", evaluation, "tokens_per_s", bands[-2])
     _course_panel(chart, 5, "Output tokens over the run", evaluation, "output_tokens", bands[-1])
     for number in (3, 4):
@@ -249,7 +258,14 @@ def _spread_panel(
 
 
 def _course_panel(
-    chart: Figure, number: int, title: str, evaluation: Evaluation, key: str, band: tuple[float, float]
+    chart: Figure,
+    number: int,
+    title: str,
+    evaluation: Evaluation,
+    key: str,
+    band: tuple[float, float],
+    *,
+    names: int = 0,
 ) -> None:
     """A dot a row in the order of evaluation, with the running median of the student."""
     every = values_of(evaluation.rows, key) + values_of(evaluation.rows, key, base=True)
@@ -285,18 +301,19 @@ def _course_panel(
         )
         if not base:
             chart["data"].append(_running_median(points, number))
-            if key == "latency_s":
-                _name_slowest(chart, number, points)
+            _name_slowest(chart, number, points, names)
     if not every:
         nothing_here(chart, number, "not in the metrics file")
     _keep_axes(chart, number)
 
 
-def _name_slowest(chart: Figure, number: int, points: Sequence[tuple[int, float, EvalRow]]) -> None:
-    """Write the spot beside the slowest rows, as far as the names stay clear of each other."""
+def _name_slowest(
+    chart: Figure, number: int, points: Sequence[tuple[int, float, EvalRow]], most: int
+) -> None:
+    """Write the spot above the slowest rows, as far as the names stay clear of each other."""
     named: list[int] = []
     for place, value, row in sorted(points, key=lambda point: -point[1]):
-        if len(named) == SLOWEST_NAMED or row.spot is None:
+        if len(named) == most or row.spot is None:
             break
         if any(abs(place - other) < 0.16 * points[-1][0] for other in named):
             continue

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtgdm.errors import BadRow
 from mtgdm.reports import page
-from mtgdm.reports.evaluation import METRICS, EvalRow, Evaluation, Metric, describe, why_bad, worst
+from mtgdm.reports.evaluation import METRICS, EvalRow, Evaluation, Metric, describe, label, why_bad, worst
 from mtgdm.reports.evaluation_figures import quality_figure, runtime_figure
 from mtgdm.reports.publish import Report
 from mtgdm.reports.values import brief, counted, shown, span
@@ -35,25 +37,47 @@ TYPICAL_SHOWN = 4
 
 @dataclass(frozen=True)
 class Example:
-    """The texts of one evaluated row."""
+    """The texts of one evaluated row, and the model that wrote its output."""
 
     prompt: str
     reference: str
     output: str
     base_output: str | None
+    model: str | None
 
 
 def evaluation_report(
-    evaluation: Evaluation, *, model: str | None, source: str, outputs: Path, when: str
+    evaluation: Evaluation, *, source: str, outputs: Path, leaked: int, when: str
 ) -> Report:
-    """The report of one evaluation; texts of rows come from `outputs` where it holds the same rows."""
-    data = {"kind": "eval", "created": when, "model": model, "metrics_file": source, **describe(evaluation)}
+    """The report of one evaluation.
+
+    Texts of rows, and the name of the model, come from `outputs` where it holds the same rows. `leaked`
+    is how many rows are about spots the student was trained on.
+    """
+    bad = worst(evaluation.rows, WORST_SHOWN)
+    typical = _typical(evaluation, {row.id for row in bad})
+    found = _texts(outputs, [*bad, *typical])
+    if leaked:
+        evaluation.notes.insert(
+            0,
+            f"{counted(leaked, 'row')} of {len(evaluation.rows):,} are about spots the student was trained on: "
+            "the figures say little about spots it does not know",
+        )
+    model = next((one.model for one in found.values()), None)
+    data = {
+        "kind": "eval",
+        "created": when,
+        "model": model,
+        "metrics_file": source,
+        "leaked_rows": leaked,
+        **describe(evaluation),
+    }
     title = f"Eval report · {when}"
     return Report(
         title=title,
         data=data,
         markdown=lambda links: _markdown(title, data, links),
-        body=_body(evaluation, data, source, when, outputs),
+        body=_body(data, source, when, _examples(bad, typical, found)),
         charts={"quality": quality_figure(evaluation), "runtime": runtime_figure(evaluation)},
         page_charts={
             "quality-narrow": quality_figure(evaluation, narrow=True),
@@ -96,19 +120,46 @@ def comparison(data: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
+def short_comparison(data: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """The same for a terminal of 80 columns, the interval beside the student alone."""
+    base = data["base"] or {}
+    rows = []
+    for metric, (_, _, _, _, verdict) in zip(_present(data), comparison(data), strict=True):
+        now, before = data["student"][metric.key], base.get(metric.key)
+        rows.append(
+            (
+                metric.label,
+                shown(before["mean"]) if before else "–",
+                shown(now["mean"]),
+                span(now["ci95"]),
+                verdict,
+            )
+        )
+    return rows
+
+
 def speeds(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows of the table of speeds: what, then mean, p50 and p95 of the base and of the student."""
     rows = []
-    for key, label in SPEEDS:
+    for key, name in SPEEDS:
         figures = [(data[who] or {}).get(key) for who in ("base", "student")]
         if any(figures):
-            cells = [brief(one[name]) if one else "–" for one in figures for name in ("mean", "p50", "p95")]
-            rows.append((label, *cells))
+            cells = [
+                brief(one[figure]) if one else "–" for one in figures for figure in ("mean", "p50", "p95")
+            ]
+            rows.append((name, *cells))
     return rows
 
 
 def _markdown(title: str, data: Mapping[str, Any], links: Mapping[str, str]) -> str:
-    lines = [f"# {title}", "", f"**{_sentence(headline(data))}.**", "", _about(data), ""]
+    lines = [
+        f"# {title}",
+        "",
+        f"**{_sentence(headline(data))}**",
+        "",
+        *(f"- {line}" for line in _about(data)),
+        "",
+    ]
     lines += [
         "| metric | base (95 % interval) | student (95 % interval) | student − base | verdict |",
         "|---|---|---|---|---|",
@@ -143,14 +194,12 @@ def _markdown(title: str, data: Mapping[str, Any], links: Mapping[str, str]) -> 
     return "\n".join([*lines, f"Made from `{data['metrics_file']}`.", ""])
 
 
-def _body(
-    evaluation: Evaluation, data: Mapping[str, Any], source: str, when: str, outputs: Path
-) -> list[str]:
+def _body(data: Mapping[str, Any], source: str, when: str, examples: Sequence[str]) -> list[str]:
     kicker = f"mtgdm eval report · {when}" + (f" · {data['model']}" if data["model"] else "")
-    body = [page.header(kicker, _sentence(headline(data)), lines=[_about(data)]), page.cards(_cards(data))]
+    body = [page.header(kicker, _title(data), lines=_about(data)), page.cards(_cards(data))]
     rows = [
         (
-            f"{page.escape(metric)}<br><small>{page.escape(meaning.meaning)}</small>",
+            f"{page.escape(metric)}<br><small class='meaning'>{page.escape(meaning.meaning)}</small>",
             *(_spanned(cell) for cell in (base, student, gain)),
             page.tagged(verdict, TONES.get(verdict, "")) if verdict != "–" else "–",
         )
@@ -171,7 +220,7 @@ def _body(
     columns = ["", "#base mean", "#p50", "#p95", "#student mean", "#p50", "#p95"]
     cells = [tuple(page.escape(cell) for cell in row) for row in speeds(data)]
     body.append(page.section("Speed in figures", "", page.table(columns, cells)))
-    body += _examples(evaluation, outputs)
+    body += examples
     if data["notes"]:
         items = "".join(f"<li>{page.escape(note)}</li>" for note in data["notes"])
         body.append(page.section("Notes", "", f"<ul>{items}</ul>"))
@@ -179,11 +228,8 @@ def _body(
     return body
 
 
-def _examples(evaluation: Evaluation, outputs: Path) -> list[str]:
+def _examples(bad: Sequence[EvalRow], typical: Sequence[EvalRow], found: Mapping[str, Example]) -> list[str]:
     """The rows to look at: the worst, then typical ones, with their texts where they are at hand."""
-    bad = worst(evaluation.rows, WORST_SHOWN)
-    typical = _typical(evaluation, {row.id for row in bad})
-    found = _texts(outputs, [*bad, *typical])
     body = []
     if bad:
         lead = "The rows least like their reference. Marked is what leaves it."
@@ -230,24 +276,27 @@ def _texts(outputs: Path, rows: Sequence[EvalRow]) -> dict[str, Example]:
         return {}
     wanted = {row.id: row for row in rows}
     found: dict[str, Example] = {}
-    for row in read_rows(outputs):
-        asked = wanted.get(row.id)
-        output, metrics = row.rest.get("output"), row.rest.get("metrics")
-        if asked is None or not isinstance(output, str) or metrics != asked.student:
-            continue
-        base = row.rest.get("base_output")
-        found[row.id] = Example(
-            prompt="\n\n".join(message["content"] for message in row.prompt),
-            reference=str(row.rest.get("reference") or ""),
-            output=output,
-            base_output=base if isinstance(base, str) else None,
-        )
+    with suppress(BadRow):  # a kill cut the last line off: what stands before it counts
+        for row in read_rows(outputs):
+            asked = wanted.get(row.id)
+            output, metrics = row.rest.get("output"), row.rest.get("metrics")
+            if asked is None or not isinstance(output, str) or metrics != asked.student:
+                continue
+            base = row.rest.get("base_output")
+            model = (row.meta.get("eval") or {}).get("model")
+            found[row.id] = Example(
+                prompt="\n\n".join(message["content"] for message in row.prompt),
+                reference=str(row.rest.get("reference") or ""),
+                output=output,
+                base_output=base if isinstance(base, str) else None,
+                model=model if isinstance(model, str) else None,
+            )
     return found
 
 
 def _cards(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     student, base = data["student"], data["base"] or {}
-    cards = [("held-out rows", f"{data['rows']:,}", counted(data["spots"], "spot"))]
+    cards = [("rows", f"{data['rows']:,}", counted(data["spots"], "spot"))]
     for key in ("char_f1", "contract_valid", "fact_recall"):
         if key in student:
             before = f"{base[key]['mean']:.2f} → " if key in base else ""
@@ -269,10 +318,15 @@ def _cards(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _about(data: Mapping[str, Any]) -> str:
-    verdict = data["verdict"]["text"]
-    who = f"Student: {data['model']}. " if data["model"] else ""
-    return f"{who}{_sentence(verdict)}."
+def _about(data: Mapping[str, Any]) -> list[str]:
+    """What the headline rests on: the rows, the model, and the metrics behind each verdict."""
+    of = f" of {counted(data['spots'], 'spot')}" if data["spots"] else ""
+    lines = [*data["notes"]] if data["leaked_rows"] else []
+    lines.append(counted(data["rows"], "row") + of + (f" · student {data['model']}" if data["model"] else ""))
+    for name, key in (("better", "better"), ("worse", "worse"), ("too few rows to tell", "unclear")):
+        if data["verdict"][key]:
+            lines.append(f"{name}: {', '.join(label(metric) for metric in data['verdict'][key])}")
+    return lines
 
 
 def _by_type(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -285,6 +339,13 @@ def _by_type(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
             cells.append(f"{arrow}{now['mean']:.2f}" if now else "–")
         rows.append((metric.label, *cells))
     return rows
+
+
+def _title(data: Mapping[str, Any]) -> str:
+    if not data["difference"]:
+        return "Student evaluated on its own"
+    better, of = len(data["verdict"]["better"]), len(data["difference"])
+    return f"Student beats its base on {better} of {of} metrics"
 
 
 def _present(data: Mapping[str, Any]) -> list[Metric]:

@@ -50,7 +50,8 @@ def cards(items: Sequence[tuple[str, str, str]]) -> str:
         f'<div class="card"><span>{escape(label)}</span><b>{escape(value)}</b><span>{escape(under)}</span></div>'
         for label, value, under in items
     )
-    return f'<section class="cards">{boxes}</section>'
+    columns = 3 if len(items) in (3, 5, 6, 9) else 4
+    return f'<section class="cards" style="--columns: {columns}">{boxes}</section>'
 
 
 def chart(name: str, title: str, lead: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from mtgdm.reports import page
 from mtgdm.reports.publish import Report
 from mtgdm.reports.training_figures import loss_figure, optimizer_figure
 from mtgdm.reports.training_run import TrainingRun, describe
-from mtgdm.reports.values import brief, clock, shown
+from mtgdm.reports.values import brief, clock, share, shown
 
 TONES = {"healthy": "good", "over-fitting": "warn", "still improving": "info", "diverged": "bad"}
 QUESTIONS = {
@@ -33,14 +34,7 @@ def training_report(run: TrainingRun, *, source: str, when: str) -> Report:
 
 def headline(data: Mapping[str, Any]) -> str:
     """The run in one line."""
-    steps = f"{data['steps']['last']:,} steps"
-    best = (data["eval"] or {}).get("best")
-    if best:
-        return (
-            f"{data['verdict']}: best eval loss {best['loss']:.3f} (perplexity {brief(best['perplexity'])}) "
-            f"at step {best['step']:,} of {steps}"
-        )
-    return f"{data['verdict']}: {steps}, final train loss {shown(data['loss']['final'], 3)}"
+    return f"{data['verdict']}: {_outcome(data)}"
 
 
 def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -51,7 +45,7 @@ def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "train loss",
             f"{shown(loss['first'])} → {shown(loss['final'], 3)}",
-            f"{_less(loss['reduction'])} of it gone",
+            _less(loss["reduction"]),
         ),
     ]
     if evaluation:
@@ -67,7 +61,7 @@ def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "seconds a step",
             brief(data["step_seconds"]["p50"]),
-            f"drift {_signed(data['step_seconds']['drift'])}",
+            f"drift {share(data['step_seconds']['drift'])}",
         ),
         ("gradient norm", brief(data["gradient_norm"]["p50"]), _gradient_note(data["gradient_norm"])),
         (
@@ -88,7 +82,7 @@ def _markdown(title: str, data: Mapping[str, Any], links: Mapping[str, str]) -> 
     for name, link in links.items():
         question, lead = QUESTIONS[name]
         lines += ["", f"## {question}", "", lead, "", f"![{question}]({link})"]
-    run = _run_facts(data)
+    run = [*_run_facts(data), *((f"`{key}`", value) for key, value in _settings(data))]
     if run:
         lines += ["", "## The run", "", "| | |", "|---|---|"]
         lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in run]
@@ -102,15 +96,18 @@ def _body(data: Mapping[str, Any], source: str, when: str) -> list[str]:
     kicker = f"mtgdm train report · {when} · {data['run'].get('base_model', 'unknown base')}"
     body = [
         page.header(
-            kicker, _sentence(headline(data)), pill=(verdict, TONES.get(verdict, "")), lines=data["reasons"]
+            kicker, _sentence(_outcome(data)), pill=(verdict, TONES.get(verdict, "")), lines=data["reasons"]
         ),
         page.cards(key_figures(data)),
     ]
     body += [page.chart(name, *text) for name, text in QUESTIONS.items()]
-    run = _run_facts(data)
+    run, settings = _run_facts(data), _settings(data)
     if run:
-        rows = [(page.escape(key), f"<code>{page.escape(value)}</code>") for key, value in run]
-        body.append(page.section("The run", "", page.table(["what", "value"], rows)))
+        content = [page.table(["what", "value"], _coded(run))]
+        if settings:
+            summary = f"{len(settings)} settings"
+            content.append(page.details(summary, page.table(["setting", "value"], _coded(settings))))
+        body.append(page.section("The run", "", *content))
     notes = [*data["notes"], *data["warnings"]]
     if notes:
         items = "".join(f"<li>{page.escape(note)}</li>" for note in notes)
@@ -119,15 +116,32 @@ def _body(data: Mapping[str, Any], source: str, when: str) -> list[str]:
     return body
 
 
+def _outcome(data: Mapping[str, Any]) -> str:
+    """Where the run came out, without the verdict."""
+    steps = f"{data['steps']['last']:,} steps"
+    best = (data["eval"] or {}).get("best")
+    if best:
+        return (
+            f"best eval loss {best['loss']:.3f} (perplexity {brief(best['perplexity'])}) "
+            f"at step {best['step']:,} of {steps}"
+        )
+    return f"{steps}, final train loss {shown(data['loss']['final'], 3)}"
+
+
 def _run_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the run said of itself at its start and its end, settings last."""
+    """What the run said of itself at its start and its end."""
     start = {key: value for key, value in data["run"].items() if key != "settings"}
     end = {f"end: {key}": value for key, value in (data["end"] or {}).items()}
+    return [(key.replace("_", " "), _plain(value)) for key, value in {**start, **end}.items()]
+
+
+def _coded(facts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(page.escape(key), f"<code>{page.escape(value)}</code>") for key, value in facts]
+
+
+def _settings(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings = data["run"].get("settings")
-    named = (
-        {f"setting: {key}": value for key, value in settings.items()} if isinstance(settings, dict) else {}
-    )
-    return [(key.replace("_", " "), _plain(value)) for key, value in {**start, **end, **named}.items()]
+    return [(key, _plain(value)) for key, value in settings.items()] if isinstance(settings, dict) else []
 
 
 def _notes(data: Mapping[str, Any]) -> list[str]:
@@ -155,11 +169,9 @@ def _plain(value: Any) -> str:
 
 
 def _less(reduction: float) -> str:
-    return f"{reduction:.0%}" if reduction == reduction else "–"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.0%}".replace("-", "−") if value == value else "–"
+    if not math.isfinite(reduction):
+        return ""
+    return f"{reduction:.0%} less" if reduction >= 0 else f"{-reduction:.0%} more"
 
 
 def _cell(text: str) -> str:

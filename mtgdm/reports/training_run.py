@@ -12,6 +12,7 @@ from statistics import fmean, median
 from typing import Any
 
 from mtgdm.errors import UserError
+from mtgdm.reports.values import counted, share
 from mtgdm.rows import read_lines
 from mtgdm.scoring.statistics import percentile
 
@@ -155,13 +156,14 @@ def judge(run: TrainingRun) -> tuple[str, list[str]]:
         reasons.append(f"the run did not end: the last step known is {run.last_step:,}{of}")
     if len(losses) < 2 or not math.isfinite(first):
         verdict = "too little data"
-        reasons.append(f"{_count(len(losses), 'training step')} logged: there is no trend to judge")
+        reasons.append(f"{counted(len(losses), 'training step')} logged: there is no trend to judge")
     else:
-        reasons.append(f"train loss went from {first:.3f} to {last:.3f} ({_percent(last / first - 1)})")
+        change = f" ({share(last / first - 1)})" if first else ""
+        reasons.append(f"train loss went from {first:.3f} to {last:.3f}{change}")
     if bad:
         verdict = "diverged"
         reasons.append(
-            f"the train loss is not a number at {_count(len(bad), 'step')}, first at step {bad[0]:,}"
+            f"the train loss is not a number at {counted(len(bad), 'step')}, first at step {bad[0]:,}"
         )
     elif math.isfinite(last) and last > first * 1.05:
         verdict = "diverged"
@@ -170,6 +172,9 @@ def judge(run: TrainingRun) -> tuple[str, list[str]]:
         word, why = _generalisation(evaluations)
         reasons += why
         verdict = word if verdict == "healthy" and word else verdict
+        kept = (run.end or {}).get("best_step")
+        if isinstance(kept, int) and kept < run.last_step:
+            reasons.append(f"the checkpoint kept is that of step {kept:,}, the best of the run")
     elif verdict == "healthy":
         reasons.append("nothing was evaluated: whether it generalises is not known")
     return verdict, reasons + _gradient_reasons(run)
@@ -203,7 +208,7 @@ def _generalisation(evaluations: list[tuple[float, float]]) -> tuple[str, list[s
     if after >= 2 and final_loss > best_loss * (1 + RISE):
         return "over-fitting", [
             f"eval loss rose for {after} evaluations, from {best_loss:.3f} at step {best_step:,.0f} to "
-            f"{final_loss:.3f} at step {final_step:,.0f}: use the checkpoint of step {best_step:,.0f}"
+            f"{final_loss:.3f} at step {final_step:,.0f}"
         ]
     before_loss = evaluations[-2][1]
     if after == 0 and before_loss > 0 and final_loss < before_loss * (1 - FALL):
@@ -216,8 +221,7 @@ def _generalisation(evaluations: list[tuple[float, float]]) -> tuple[str, list[s
             f"eval loss is lowest at the end ({best_loss:.3f} at step {best_step:,.0f}) and has levelled out"
         ]
     return "", [
-        f"eval loss was lowest at step {best_step:,.0f} ({best_loss:.3f}) "
-        f"and ends {final_loss / best_loss - 1:.1%} above it"
+        f"eval loss was lowest at step {best_step:,.0f} ({best_loss:.3f}) and ends at {final_loss:.3f}"
     ]
 
 
@@ -226,7 +230,7 @@ def _gradient_reasons(run: TrainingRun) -> list[str]:
     reasons = []
     if figures["spikes"]:
         reasons.append(
-            f"gradient norm spiked {_count(figures['spikes'], 'time')} over {SPIKE:g} times its median, "
+            f"gradient norm spiked {counted(figures['spikes'], 'time')} over {SPIKE:g} times its median, "
             f"most at step {figures['max_step']:,} ({figures['max']:.2f})"
         )
     if figures["clipped"] is not None and figures["clipped"] > 0.5:
@@ -342,11 +346,3 @@ def _number(value: Any) -> float:
 
 def _finite(values: Sequence[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
-
-
-def _percent(share: float) -> str:
-    return f"{share:+.0%}".replace("-", "−")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

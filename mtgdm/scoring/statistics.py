@@ -64,7 +64,7 @@ def mean_interval(
         low, high = _wilson(mean, len(totals), confidence)
     else:
         low, high = _bootstrap(totals, counts, confidence)
-    return Interval(mean, low, high, len(values))
+    return Interval(mean, min(low, mean), max(high, mean), len(values))
 
 
 def paired_difference(

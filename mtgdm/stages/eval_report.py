@@ -47,7 +47,7 @@ class EvalReportConfig(StageConfig):
 def run(config: EvalReportConfig, context: Context) -> Result:
     """Report on an evaluation: student against base with intervals, by type, speed, worst rows."""
     from mtgdm.reports.evaluation import read_evaluation
-    from mtgdm.reports.evaluation_report import comparison, evaluation_report, headline
+    from mtgdm.reports.evaluation_report import evaluation_report, headline, short_comparison
     from mtgdm.reports.publish import publish, say_where
 
     if not config.latest and config.metrics is None:
@@ -58,9 +58,9 @@ def run(config: EvalReportConfig, context: Context) -> Result:
     evaluation = read_evaluation(metrics)
     report = evaluation_report(
         evaluation,
-        model=_model(config.eval_outputs),
         source=manifest.relative(metrics, context.workspace),
         outputs=config.eval_outputs,
+        leaked=_leaked(config.eval_outputs, len(evaluation.rows)),
         when=context.started.strftime("%Y-%m-%d %H:%M:%S"),
     )
     files = publish(
@@ -72,8 +72,8 @@ def run(config: EvalReportConfig, context: Context) -> Result:
         chart_timeout_s=config.chart_timeout_s,
         require_png=config.require_png,
     )
-    columns = ["metric", "base", "student", "student − base", "verdict"]
-    context.terminal.table(columns, comparison(report.data))
+    columns = ["metric", "#base", "#student", "95 % interval", "verdict"]
+    context.terminal.table(columns, short_comparison(report.data))
     for note in evaluation.notes:
         context.print(f"· {note}")
     say_where(files, context)
@@ -81,12 +81,9 @@ def run(config: EvalReportConfig, context: Context) -> Result:
     return Result(counts=counts, summary=headline(report.data), outputs=[files.json])
 
 
-def _model(eval_outputs: Path) -> str | None:
-    """The model that was evaluated, as the manifest of its outputs has it."""
+def _leaked(eval_outputs: Path, rows: int) -> int:
+    """How many rows `eval --allow-leak` let through, as the manifest of the same evaluation has it."""
     made = manifest.read(eval_outputs)
-    if made is None:
-        return None
-    named = made.settings.get("model")
-    if named is not None and named.value:
-        return str(named.value)
-    return next((state.path for state in made.inputs if "checkpoints" in state.path), None)
+    if made is None or made.counts.get("rows") != rows:
+        return 0
+    return int(made.counts.get("leaked") or 0)

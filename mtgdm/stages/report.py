@@ -73,7 +73,7 @@ def run(config: ReportConfig, context: Context) -> Result:
         chart_timeout_s=config.chart_timeout_s,
         require_png=config.require_png,
     )
-    context.terminal.table(["", "", ""], key_figures(report.data))
+    context.terminal.table(["training", "", ""], key_figures(report.data))
     for reason in report.data["reasons"]:
         context.print(f"· {reason}")
     say_where(files, context)
