@@ -200,7 +200,7 @@ class _Evaluation:
         metrics_path = self.context.log_path(".metrics.jsonl")
         scored: dict[str, Metrics] = {}
         of_base: dict[str, Metrics] = {}
-        with metrics_path.open("ab") as metrics_file, Journal(config.out) as journal:
+        with metrics_path.open("wb") as metrics_file, Journal(config.out) as journal:
 
             def keep(row: dict[str, Any]) -> None:
                 metrics_file.write(rows.encode(_metrics_line(row)))

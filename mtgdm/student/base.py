@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -133,6 +134,9 @@ def load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id."""
     check_folder(source)
     with _readable_errors(source, name):
+        if not Path(source).is_dir():
+            # Asked for alone: without a network the loaders below would each wait half a minute for it.
+            hf_hub_download(source, "config.json")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     if not tokenizer.is_fast:
         raise UserError(
@@ -169,6 +173,11 @@ def load_model(
     with _readable_errors(source, name), memory_errors():
         AutoConfig.from_pretrained(source)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **options)
+    module: Any
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights for some CPUs at the first evaluation, and cannot train on them then.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -17,22 +17,20 @@ def quiet() -> Iterator[None]:
     bitsandbytes complains of a missing CPU kernel at import, peft and transformers of names that
     they themselves use: nothing of it can be acted on by who runs mtgdm.
     """
-    levels = {name: logging.getLogger(name).level for name in _LOUD}
-    for name in _LOUD:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from transformers.utils import logging as transformers_logging
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Imported before the levels are set: the libraries set their own at import.
+        from transformers.utils import logging as transformers_logging
 
-            bars = transformers_logging.is_progress_bar_enabled()
-            transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-            try:
-                yield
-            finally:
-                if bars:
-                    transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        bars = transformers_logging.is_progress_bar_enabled()
+        levels = {name: logging.getLogger(name).level for name in _LOUD}
+        for name in _LOUD:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

@@ -1,0 +1,411 @@
+"""Evaluation: held-out rows alone, batches that change nothing, and runs that go on where they were."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtgdm import rows
+from mtgdm.errors import UserError
+from mtgdm.rows import Row
+from mtgdm.stages.eval import run as evaluate
+from mtgdm.stages.eval import score
+from mtgdm.stages.train import run as train
+from mtgdm.student.noise import quiet
+from mtgdm.testing import StageRun
+from mtgdm.testing import run as run_stage
+from tests.conftest import read_rows, spot, write_lines
+from tests.tiny_student import make_base, teacher_file, teacher_row
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+METRICS = {
+    "prompt_tokens",
+    "output_tokens",
+    "latency_s",
+    "tokens_per_s",
+    "finish_reason",
+    "char_f1",
+    "sequence_ratio",
+    "exact_match",
+    "chrf",
+    "contract_valid",
+    "fact_recall",
+    "unsupported_facts",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a base, rows and a student that has learnt something."""
+    workspace = tmp_path_factory.mktemp("made")
+    make_base(workspace / "base", hidden=64)
+    teacher_file(workspace)
+    run_stage(
+        train,
+        workspace,
+        student_base="base",
+        device_mode="cpu",
+        max_steps=120,
+        batch=4,
+        grad_accum=1,
+        lr=2e-2,
+        eval_steps=40,
+    )
+    return workspace
+
+
+@pytest.fixture
+def workspace(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made / "data", tmp_path / "data")
+    shutil.copytree(made / "base", tmp_path / "base")
+    return tmp_path
+
+
+def evaluated(workspace: Path, **settings: Any) -> StageRun:
+    return run_stage(evaluate, workspace, **{"device_mode": "cpu", "max_new_tokens": 24, **settings})
+
+
+def outputs(workspace: Path) -> list[dict[str, Any]]:
+    return read_rows(workspace / "data" / "eval_outputs.jsonl")
+
+
+def metrics_lines(workspace: Path) -> list[dict[str, Any]]:
+    newest = sorted(
+        (workspace / "log").glob("eval-*.metrics.jsonl"), key=lambda path: path.stat().st_mtime_ns
+    )[-1]
+    return read_rows(newest)
+
+
+# --- what comes out ------------------------------------------------------------------------------
+
+
+def test_the_held_out_rows_are_answered_in_order_with_their_metrics(workspace: Path) -> None:
+    ran = evaluated(workspace, compare_base=True)
+    found = outputs(workspace)
+    assert [row["meta"]["spot"] for row in found] == [f"test景区{number}" for number in range(4)]
+    for row in found:
+        assert list(row) == [
+            "id", "messages", "reference", "output", "base_output", "metrics", "base_metrics", "meta",
+        ]  # fmt: skip
+        assert row["messages"][-1]["role"] == "user"
+        assert set(row["metrics"]) == set(row["base_metrics"]) == METRICS
+        assert row["output"] != row["base_output"]
+    assert [(line["id"], line["metrics"], line["base_metrics"]) for line in metrics_lines(workspace)] == [
+        (row["id"], row["metrics"], row["base_metrics"]) for row in sorted(found, key=_asked_first)
+    ]
+    assert "4 test rows of 4 spots: char-F1" in ran.result.summary and "(base " in ran.result.summary
+    assert not list((workspace / "data").glob("eval_outputs.base*"))
+    assert ran.manifests[0].counts["rows"] == 4
+
+
+def _asked_first(row: dict[str, Any]) -> int:
+    return -int(row["metrics"]["prompt_tokens"])
+
+
+def test_the_student_learnt_to_say_more_like_the_teacher_than_its_base(workspace: Path) -> None:
+    counts = evaluated(workspace, compare_base=True).manifests[0].counts
+    assert counts["student"]["char_f1"] > counts["base"]["char_f1"] + 0.05
+
+
+def test_the_base_is_answered_as_if_it_stood_alone(workspace: Path) -> None:
+    evaluated(workspace, compare_base=True)
+    beside = {row["id"]: row["base_output"] for row in outputs(workspace)}
+    evaluated(workspace, model="base", out="data/alone.jsonl", allow_leak=True)
+    alone = {row["id"]: row["output"] for row in read_rows(workspace / "data" / "alone.jsonl")}
+    assert beside == alone
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_batches_change_no_answer(workspace: Path, batch: int) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    evaluated(workspace, batch=batch)
+    with quiet():
+        from peft import PeftModel
+
+        from mtgdm.student.base import load_tokenizer
+        from mtgdm.student.chat import Chat
+
+        folder = str(workspace / "data" / "checkpoints" / "base-lora")
+        chat = Chat(load_tokenizer(folder, "student"), "student")
+        base = AutoModelForCausalLM.from_pretrained(workspace / "base", dtype=torch.float32)
+        student = PeftModel.from_pretrained(base, folder).eval()
+        for row in outputs(workspace):
+            ids = chat.prompt(row["messages"])
+            for _ in range(24):  # no cache, no batch, no merge: the plainest way to write
+                with torch.no_grad():
+                    token = int(student(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+                ids.append(token)
+                if token == chat.end_of_turn:
+                    break
+            written = ids[len(chat.prompt(row["messages"])) :]
+            assert row["output"] == chat.tokenizer.decode(written, skip_special_tokens=True)
+            stopped = written[-1] == chat.end_of_turn
+            assert row["metrics"]["finish_reason"] == ("stop" if stopped else "length")
+            assert row["metrics"]["output_tokens"] == len(written)
+
+
+def test_an_answer_ends_at_the_end_of_its_turn() -> None:
+    with quiet():
+        from mtgdm.student.chat import Chat
+        from mtgdm.student.generation import _answer
+        from mtgdm.student.tiny import build_tokenizer
+
+        chat = Chat(build_tokenizer(), "student")
+    end = chat.end_of_turn
+    ids = chat.tokens("西湖")
+    stopped = _answer(chat, [*ids, end, chat.pad, chat.pad], [end], 9, 0.5)
+    assert (stopped.text, stopped.finish_reason, stopped.output_tokens) == ("西湖", "stop", len(ids) + 1)
+    cut = _answer(chat, ids, [end], 9, 0.5)
+    assert (cut.text, cut.finish_reason, cut.output_tokens) == ("西湖", "length", len(ids))
+
+
+def test_the_length_allowed_follows_the_longest_reference(workspace: Path) -> None:
+    evaluated(workspace, max_new_tokens=0, model="base", allow_leak=True)
+    cut = [
+        row["metrics"]["output_tokens"]
+        for row in outputs(workspace)
+        if row["metrics"]["finish_reason"] == "length"
+    ]
+    longest = max(len(row["reference"]) for row in outputs(workspace))
+    assert cut and len(set(cut)) == 1 and longest <= cut[0] <= 1.25 * longest + 33
+
+
+def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from mtgdm.student import generation
+
+    asked: list[int] = []
+    before = generation._batch
+
+    def tight(model: Any, chat: Any, prompts: Any, max_new_tokens: int) -> Any:
+        asked.append(len(prompts))
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return before(model, chat, prompts, max_new_tokens)
+
+    monkeypatch.setattr(generation, "_batch", tight)
+    evaluated(workspace)
+    assert asked == [4, 2, 1, 1, 1, 1]
+    assert len(outputs(workspace)) == 4
+
+    def none(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(generation, "_batch", none)
+    with pytest.raises(UserError, match="out of memory with a single row"):
+        evaluated(workspace, overwrite=True)
+
+
+# --- which rows ----------------------------------------------------------------------------------
+
+
+def test_spots_the_student_was_trained_on_are_refused_with_their_number(workspace: Path) -> None:
+    with pytest.raises(UserError, match=r"trained on 10 of these spots \(10 of 10 rows\)") as caught:
+        evaluated(workspace, split="train")
+    assert "--allow-leak" in str(caught.value.hint)
+    assert not (workspace / "data" / "eval_outputs.jsonl").exists()
+    ran = evaluated(workspace, split="train", allow_leak=True)
+    assert any("10 of 10 rows are about spots" in line for line in ran.warnings)
+    assert ran.manifests[0].counts["leaked"] == 10
+
+
+def test_a_spot_written_in_another_way_is_a_leak_all_the_same(workspace: Path) -> None:
+    write_lines(workspace / "data" / "other.jsonl", teacher_row(" Ｔrain景区3", "test"))
+    with pytest.raises(UserError, match="trained on 1 of these spots"):
+        evaluated(workspace, test="data/other.jsonl")
+
+
+def test_a_file_without_rows_of_the_split_is_refused(workspace: Path) -> None:
+    write_lines(workspace / "data" / "other.jsonl", teacher_row("西湖", "train"))
+    with pytest.raises(UserError, match="no row is in the split `test`"):
+        evaluated(workspace, test="data/other.jsonl")
+
+
+def test_the_limit_takes_the_first_rows_and_the_next_run_the_rest(workspace: Path) -> None:
+    evaluated(workspace, limit=2)
+    first = outputs(workspace)
+    assert [row["meta"]["spot"] for row in first] == ["test景区0", "test景区1"]
+    ran = evaluated(workspace)
+    assert "2 of 4 rows are there already" in ran.printed
+    assert outputs(workspace)[:2] == first
+    assert len(metrics_lines(workspace)) == 4
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_asks_only_what_is_missing(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtgdm.student import generation
+
+    evaluated(workspace, compare_base=True, batch=1)
+    whole = outputs(workspace)
+    (workspace / "data" / "eval_outputs.jsonl").unlink()
+    before = generation._batch
+    asked: list[int] = []
+
+    def stops(model: Any, chat: Any, prompts: Any, max_new_tokens: int) -> Any:
+        asked.append(len(prompts))
+        if len(asked) == 7:  # four rows of the base, two of the student
+            raise KeyboardInterrupt
+        return before(model, chat, prompts, max_new_tokens)
+
+    monkeypatch.setattr(generation, "_batch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(workspace, compare_base=True, batch=1)
+    with (workspace / "data" / "eval_outputs.jsonl").open("ab") as file:
+        file.write(b'{"id": "0123456789')  # what a kill leaves of a line
+    config = evaluate.config().resolved(workspace)
+    assert config.finished() == (2, 4)
+
+    asked.clear()
+    ran = evaluated(workspace, compare_base=True, batch=1)
+    assert len(asked) == 2  # the base's answers were there
+    assert "2 of 4 rows are there already" in ran.printed
+    assert [_without_time(row) for row in outputs(workspace)] == [_without_time(row) for row in whole]
+    assert {line["id"] for line in metrics_lines(workspace)} == {row["id"] for row in whole}
+
+
+def _without_time(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in row.items() if key not in ("metrics", "base_metrics")}
+    return kept | {"char_f1": row["metrics"]["char_f1"], "base": row["base_metrics"]["char_f1"]}
+
+
+def test_other_settings_on_the_same_file_are_refused_with_two_ways_out(workspace: Path) -> None:
+    evaluated(workspace)
+    before = outputs(workspace)
+    with pytest.raises(UserError, match="with other settings") as caught:
+        evaluated(workspace, max_new_tokens=8)
+    assert "--overwrite" in str(caught.value.hint) and "--out" in str(caught.value.hint)
+    assert outputs(workspace) == before
+    evaluated(workspace, max_new_tokens=8, overwrite=True)
+    assert all(row["metrics"]["output_tokens"] <= 8 for row in outputs(workspace))
+
+
+def test_answers_of_a_checkpoint_that_was_trained_again_are_replaced(workspace: Path) -> None:
+    evaluated(workspace)
+    run_stage(train, workspace, student_base="base", device_mode="cpu", max_steps=2, batch=4, lr=1e-3)
+    ran = evaluated(workspace)
+    assert any("was trained again" in line for line in ran.printed)
+    assert len({row["meta"]["eval"]["fingerprint"] for row in outputs(workspace)}) == 1
+
+
+def test_a_row_with_another_reference_is_asked_again(workspace: Path) -> None:
+    evaluated(workspace)
+    path = workspace / "data" / "teacher.jsonl"
+    found = read_rows(path)
+    found[-1]["messages"][-1]["content"] = "另一个答案。"
+    write_lines(path, *found[:-2], found[-1])
+    ran = evaluated(workspace)
+    assert "2 of 3 rows are there already" in ran.printed
+    assert [row["reference"] for row in outputs(workspace)][-1] == "另一个答案。"
+    assert len(outputs(workspace)) == 3
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def test_a_merged_model_answers_as_its_adapter_does(workspace: Path) -> None:
+    evaluated(workspace)
+    with quiet():
+        from mtgdm.student import base, generation
+
+        folder = workspace / "data" / "checkpoints" / "base-lora"
+        student = generation.load(
+            str(folder), "student", base.place("cpu"), workspace=workspace, load_in_4bit=False
+        )
+        whole: Any = generation.merged(student)
+        whole.save_pretrained(workspace / "merged")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(folder / name, workspace / "merged" / name)
+    ran = evaluated(workspace, model="merged", out="data/merged.jsonl")
+    assert any("has no training.json" in line for line in ran.warnings)
+    assert [row["output"] for row in read_rows(workspace / "data" / "merged.jsonl")] == [
+        row["output"] for row in outputs(workspace)
+    ]
+    with pytest.raises(UserError, match="is no adapter"):
+        evaluated(workspace, model="merged", out="data/other.jsonl", compare_base=True)
+
+
+def test_a_student_in_4_bit_answers_on_a_cpu(workspace: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    evaluated(workspace, load_in_4bit=True, compare_base=True)
+    assert len(outputs(workspace)) == 4
+
+
+def test_models_that_cannot_be_used_are_one_line(workspace: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such model folder"):
+        evaluated(workspace, model="./nowhere")
+    folder = workspace / "data" / "checkpoints" / "base-lora"
+    (folder / "adapter_model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\n", encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="Git-LFS pointer"):
+        evaluated(workspace)
+    shutil.rmtree(workspace / "data" / "checkpoints")
+    with pytest.raises(UserError, match="there is no finished checkpoint") as caught:
+        evaluated(workspace)
+    assert "mtgdm train" in str(caught.value.hint)
+
+
+def test_an_adapter_of_another_base_is_one_line(workspace: Path) -> None:
+    shutil.rmtree(workspace / "base")
+    make_base(workspace / "base", hidden=32)
+    with pytest.raises(UserError, match="does not fit its base base"):
+        evaluated(workspace)
+
+
+# --- metrics -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def general(tmp_path: Path) -> Row:
+    """A row of the tourism domain with the offline teacher's answer."""
+    from mtgdm.tourism import Tourism
+
+    domain = Tourism()
+    path = write_lines(tmp_path / "spots.jsonl", spot("西湖风景名胜区"))
+    record = next(iter(domain.read(path, lambda bad: pytest.fail(str(bad)))))
+    prompt = next(iter(domain.prompts(record)))
+    messages = [*prompt.messages, {"role": "assistant", "content": domain.answer(record.facts, prompt.type)}]
+    about = {"spot": record.name, "type": prompt.type, "split": "test", "record": record.facts}
+    return Row(rows.row_id(messages), messages, about, path, 1)
+
+
+def test_the_teachers_own_answer_scores_full_marks(general: Row) -> None:
+    from mtgdm.tourism import Tourism
+
+    assert general.answer is not None
+    found = score(Tourism(), general, general.answer, {})
+    assert (found["char_f1"], found["exact_match"], found["contract_valid"]) == (1, True, True)
+    assert (found["fact_recall"], found["unsupported_facts"]) == (1, 0)
+
+
+def test_broken_and_invented_answers_are_counted(general: Row) -> None:
+    from mtgdm.tourism import Tourism
+
+    assert general.answer is not None
+    broken = score(Tourism(), general, general.answer[:-1], {})
+    assert broken["contract_valid"] is False and broken["exact_match"] is False
+    invented = score(Tourism(), general, general.answer.replace("1089", "1723"), {})
+    assert invented["unsupported_facts"] >= 1 and invented["fact_recall"] < 1
+
+
+def test_prose_has_no_contract_and_a_row_without_a_record_no_facts(general: Row) -> None:
+    from mtgdm.tourism import Tourism
+
+    prose = Row("x", general.messages, {**general.meta, "type": "bilingual"}, general.path, 1)
+    assert score(Tourism(), prose, "西湖。", {})["contract_valid"] is None
+    foreign = Row("x", general.messages, {}, general.path, 1)
+    found = score(Tourism(), foreign, "西湖。", {})
+    assert (found["contract_valid"], found["fact_recall"], found["unsupported_facts"]) == (None, None, None)

@@ -1,0 +1,490 @@
+"""Training: what is trained on, what is kept, and that a killed run reaches the same end."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtgdm.errors import MtgdmError, UserError
+from mtgdm.stages.train import run as train
+from mtgdm.student.noise import quiet
+from mtgdm.student.resume import MARK, whole_checkpoints
+from mtgdm.testing import StageRun
+from mtgdm.testing import run as run_stage
+from tests.conftest import clean_environment, read_rows, write_lines
+from tests.tiny_student import make_base, teacher_file, teacher_row
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+QUICK: dict[str, Any] = {
+    "student_base": "base",
+    "device_mode": "cpu",
+    "max_steps": 6,
+    "batch": 2,
+    "grad_accum": 2,
+    "lr": 1e-2,
+    "lora_r": 4,
+    "lora_dropout": 0.1,
+    "eval_steps": 3,
+    "save_steps": 2,
+    "logging_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, base: Path) -> Path:
+    shutil.copytree(base, tmp_path / "base")
+    teacher_file(tmp_path)
+    return tmp_path
+
+
+def trained(workspace: Path, **settings: Any) -> StageRun:
+    return run_stage(train, workspace, **{**QUICK, **settings})
+
+
+def checkpoint(workspace: Path) -> Path:
+    return workspace / "data" / "checkpoints" / "base-lora"
+
+
+def points(workspace: Path, event: str | None = None) -> list[dict[str, Any]]:
+    newest = sorted(
+        (workspace / "log").glob("train-*.metrics.jsonl"), key=lambda path: path.stat().st_mtime_ns
+    )[-1]
+    return [point for point in read_rows(newest) if event in (None, point["event"])]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def furthest(one: Path, other: Path) -> float:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+# --- what comes out ------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_checkpoint_its_metrics_and_nothing_else(workspace: Path) -> None:
+    ran = trained(workspace)
+    folder = checkpoint(workspace)
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+    }
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    assert training["train_spots"] == [f"train景区{number}" for number in range(10)]
+    assert (training["base_model"], training["train_rows"], training["val_rows"]) == ("base", 10, 3)
+    assert training["best_eval_loss"] < training["first_eval_loss"]
+    assert ran.manifests[0].counts["best_step"] == training["best_step"]
+    assert "loss on val" in ran.result.summary
+
+
+def test_the_metrics_tell_the_whole_run(workspace: Path) -> None:
+    trained(workspace)
+    events = [(point["event"], point.get("step")) for point in points(workspace)]
+    assert events[:2] == [("start", None), ("eval", 0)]
+    assert [step for event, step in events if event == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [step for event, step in events if event == "eval"] == [0, 3, 6]
+    assert events[-1][0] == "end"
+    start, end = points(workspace, "start")[0], points(workspace, "end")[0]
+    assert start["trainable_parameters"] == sum(
+        tensor.numel() for tensor in weights(checkpoint(workspace)).values()
+    )
+    assert (start["total_steps"], start["settings"]["lr"]) == (6, 1e-2)
+    assert end["best_eval_loss"] == min(point["eval_loss"] for point in points(workspace, "eval"))
+    for point in points(workspace, "eval"):
+        assert point["perplexity"] == pytest.approx(math.exp(point["eval_loss"]))
+    first = points(workspace, "train")[0]
+    assert first["step_seconds"] > 0 and first["tokens_per_s"] > first["trained_tokens_per_s"] > 0
+
+
+def test_the_best_checkpoint_is_the_result_not_the_last(workspace: Path) -> None:
+    trained(workspace, lr=0.5, scheduler="constant", max_steps=6, eval_steps=1, keep_checkpoints=True)
+    losses = {point["step"]: point["eval_loss"] for point in points(workspace, "eval") if point["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    training = json.loads((checkpoint(workspace) / "training.json").read_text(encoding="utf-8"))
+    assert (training["best_step"], training["best_eval_loss"]) == (best, losses[best])
+    assert furthest(checkpoint(workspace), checkpoint(workspace) / f"checkpoint-{best}") == 0
+
+
+def test_training_stops_early_when_val_no_longer_gains(workspace: Path) -> None:
+    trained(
+        workspace,
+        max_steps=50,
+        eval_steps=1,
+        early_stop=True,
+        early_stop_patience=2,
+        early_stop_threshold=100,
+    )
+    end = points(workspace, "end")[0]
+    assert end["stopped_early"] is True
+    assert end["steps"] == 3  # the first measurement sets the mark, two more do not beat it by 100
+
+
+def test_epochs_count_steps_as_the_rows_do(workspace: Path) -> None:
+    trained(workspace, max_steps=0, epochs=2, batch=3, grad_accum=2)
+    assert points(workspace, "end")[0]["steps"] == points(workspace, "start")[0]["total_steps"] == 4
+
+
+# --- the loss ------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_models_own_over_all_trained_tokens(workspace: Path) -> None:
+    """Logits at trained positions alone give the loss of full logits, on padded rows of unlike length."""
+    import torch
+
+    from mtgdm import rows
+    from mtgdm.student import base, examples
+    from mtgdm.student.chat import Chat
+
+    trained(workspace)
+    val = [row for row in rows.read_rows(workspace / "data" / "teacher.jsonl") if row.split == "val"]
+    with quiet():
+        from peft import PeftModel
+
+        source = str(workspace / "base")
+        chat = Chat(base.load_tokenizer(source, "base"), "base")
+        model = base.load_model(source, "base", base.place("cpu"))
+        summed, tokens = 0.0, 0
+        adapted = PeftModel.from_pretrained(model, checkpoint(workspace)).eval()
+        for example in examples.encode_rows(val, chat):
+            ids, labels = torch.tensor([example.tokens.ids]), torch.tensor([example.tokens.labels])
+            with torch.no_grad():
+                summed += float(adapted(input_ids=ids, labels=labels).loss) * example.tokens.trained
+            tokens += example.tokens.trained
+    assert points(workspace, "end")[0]["best_eval_loss"] == pytest.approx(summed / tokens, abs=1e-5)
+
+
+def test_every_row_comes_once_an_epoch_in_an_order_of_seed_and_epoch() -> None:
+    from mtgdm.student.trainer import LengthGrouped
+
+    lengths = [7 * number % 100 for number in range(203)]
+    order = LengthGrouped(lengths, batch=4, seed=1)
+    first = list(order)
+    assert sorted(first) == list(range(203))
+    assert list(order) == first
+    order.set_epoch(1)
+    assert list(order) != first
+    assert list(LengthGrouped(lengths, batch=4, seed=2)) != first
+    batches = [first[start : start + 4] for start in range(0, 200, 4)]
+    spread = [max(lengths[row] for row in batch) - min(lengths[row] for row in batch) for batch in batches]
+    assert sum(spread) / len(spread) < 15  # of 100: rows of like length share a batch
+
+
+# --- interruptions -------------------------------------------------------------------------------
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from mtgdm.stages.train import run
+from mtgdm.student import trainer
+from mtgdm.testing import run as run_stage
+
+def kill(self, args, state, control, **kwargs):
+    if state.global_step == int(sys.argv[2]):
+        os._exit(9)
+    before(self, args, state, control, **kwargs)
+
+before, trainer.Watch.on_step_end = trainer.Watch.on_step_end, kill
+import json
+run_stage(run, Path(sys.argv[1]), **json.loads(sys.argv[3]))
+"""
+
+
+def killed(workspace: Path, step: int, **settings: Any) -> None:
+    """A run in a process of its own that ends without a word in the middle of a step."""
+    arguments = [str(workspace), str(step), json.dumps({**QUICK, **settings})]
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        env=clean_environment(),
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
+    assert ended.returncode == 9, ended.stderr.decode("utf-8", "replace")[-2000:]
+
+
+def test_a_killed_run_goes_on_and_reaches_the_same_end(workspace: Path) -> None:
+    trained(workspace)
+    whole = [point for point in points(workspace) if point["event"] in ("train", "eval")]
+    finished = checkpoint(workspace).rename(workspace / "whole")
+    (workspace / "data" / "checkpoints" / "base-lora.manifest.json").unlink()
+
+    killed(workspace, 6)  # checkpoints at 2, 3 (a new best) and 4; the sixth step is lost
+    assert not (checkpoint(workspace) / "adapter_config.json").exists()
+    left = whole_checkpoints(checkpoint(workspace))
+    assert left[-1].mark.step == 4
+    ran = trained(workspace)
+    assert any("going on from step 4 of 6" in line for line in ran.printed)
+
+    assert furthest(checkpoint(workspace), finished) <= 1e-6
+    again = [point for point in points(workspace) if point["event"] in ("train", "eval")]
+    assert [(point["event"], point["step"]) for point in again] == [
+        (point["event"], point["step"]) for point in whole
+    ]
+    for one, other in zip(again, whole, strict=True):
+        key = "loss" if one["event"] == "train" else "eval_loss"
+        assert one[key] == pytest.approx(other[key], abs=1e-6)
+    assert not list(checkpoint(workspace).glob("checkpoint-*"))
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the end of a step, once."""
+    from mtgdm.student import trainer
+
+    before = trainer.Watch.on_step_end
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        before(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(trainer.Watch, "on_step_end", stop)
+
+
+def test_a_checkpoint_that_a_kill_cut_off_is_not_gone_on_from(workspace: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        trained(workspace)
+    (checkpoint(workspace) / "checkpoint-4" / MARK).unlink()
+    ran = trained(workspace)
+    assert any("going on from step 3 of 6" in line for line in ran.printed)
+
+
+def test_other_settings_start_anew(workspace: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        trained(workspace)
+    ran = trained(workspace, lr=2e-2)
+    assert any("starting anew" in line for line in ran.printed)
+    assert [point["step"] for point in points(workspace, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_cut_off_after_its_last_step_only_writes_its_result(workspace: Path) -> None:
+    from mtgdm.stages import train as stage_module
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(stage_module, "_finish", stop)
+        trained(workspace)
+    best = min(points(workspace, "eval"), key=lambda point: point["eval_loss"])
+    ran = trained(workspace)
+    assert any("going on from step 6 of 6" in line for line in ran.printed)
+    assert points(workspace, "end")[-1]["best_step"] == best["step"]
+    assert (checkpoint(workspace) / "adapter_config.json").is_file()
+
+
+def test_an_earlier_result_stays_whole_until_the_next_one_is(workspace: Path) -> None:
+    trained(workspace)
+    before = {path.name: path.read_bytes() for path in checkpoint(workspace).iterdir()}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        trained(workspace, lr=2e-2)
+    assert {
+        path.name: path.read_bytes() for path in checkpoint(workspace).iterdir() if path.is_file()
+    } == before
+    assert (checkpoint(workspace).parent / "base-lora.manifest.json").is_file()
+
+
+def test_status_knows_how_far_an_interrupted_run_came(workspace: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        trained(workspace)
+    config = train.config(student_base="base").resolved(workspace)
+    assert config.finished() == (4, 6)
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def refused(workspace: Path, **settings: Any) -> MtgdmError:
+    with pytest.raises(MtgdmError) as caught:
+        trained(workspace, **settings)
+    assert not (checkpoint(workspace) / "adapter_config.json").exists()
+    return caught.value
+
+
+def test_a_spot_in_two_splits_is_refused(workspace: Path) -> None:
+    path = workspace / "data" / "teacher.jsonl"
+    write_lines(
+        path,
+        teacher_row("西湖", "train"),
+        teacher_row("西湖", "test", "另一句。"),
+        teacher_row("泰山", "train"),
+    )
+    assert "1 spots stand in more than one split" in str(refused(workspace))
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ([], "there are no rows"),
+        ([teacher_row("西湖", "test")], "none of the 1 rows is in the split `train`"),
+        ([{"messages": [{"role": "user", "content": "?"}]}], "teacher.jsonl:1: the row has no answer"),
+        ([teacher_row("西湖", "train", " ")], "teacher.jsonl:1: the answer is empty"),
+        (
+            [teacher_row("西湖", "train"), teacher_row("泰山", "train", "a<|im_end|>b")],
+            "teacher.jsonl:2: .*control token",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_one_clear_line(workspace: Path, lines: Any, reason: str) -> None:
+    write_lines(workspace / "data" / "teacher.jsonl", *lines)
+    with pytest.raises(UserError) as caught:
+        trained(workspace)
+    assert re.search(reason, str(caught.value))
+
+
+def test_without_val_rows_the_last_step_counts_and_a_warning_says_so(workspace: Path) -> None:
+    teacher_file(workspace, val=0)
+    ran = trained(workspace)
+    assert any("no row of teacher.jsonl is in the split `val`" in line for line in ran.warnings)
+    training = json.loads((checkpoint(workspace) / "training.json").read_text(encoding="utf-8"))
+    assert (training["best_step"], training["best_eval_loss"]) == (6, None)
+    assert points(workspace, "eval") == []
+
+
+def test_rows_without_a_split_of_their_own_get_one_by_hash(workspace: Path) -> None:
+    found = [teacher_row(f"景区{number}", None) for number in range(30)]
+    write_lines(workspace / "data" / "teacher.jsonl", *found)
+    trained(workspace, val_ratio=0.4)
+    start = points(workspace, "start")[0]
+    assert start["val_rows"] > 5 and start["train_rows"] + start["val_rows"] < 30
+
+
+def test_long_rows_stop_the_run_with_the_table_of_lengths(workspace: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        trained(workspace, max_len=60)
+    assert "rows are longer than --max-len 60" in str(caught.value)
+    assert "--too-long drop" in str(caught.value.hint)
+
+
+def test_long_rows_are_dropped_or_cut_on_request(workspace: Path) -> None:
+    dropped = trained(workspace, max_len=60, too_long="drop")
+    assert any("left out, 0 cut" in line for line in dropped.warnings)
+    left = points(workspace, "start")[0]["train_rows"]
+    assert 0 < left < 10
+    cut = trained(workspace, max_len=60, too_long="truncate")
+    assert any("0 left out" in line for line in cut.warnings)
+    assert points(workspace, "start")[0]["train_rows"] == 10
+
+
+def test_the_preview_shows_tokens_with_their_mask_and_trains_nothing(workspace: Path) -> None:
+    ran = trained(workspace, preview=True)
+    text = "\n".join(ran.printed)
+    read, answer = (next(line for line in ran.printed if line.startswith(f"  {mark} ")) for mark in "-+")
+    assert read.endswith("|assistant|\\n")
+    assert answer.endswith("|景|区|0|在|杭|州|市|。|湖|光|山|色|。|<|im_end|>")
+    assert "train: trained" in text
+    assert not checkpoint(workspace).exists()
+
+
+def test_the_log_holds_the_preview_before_the_first_step(workspace: Path) -> None:
+    trained(workspace)
+    log = next((workspace / "log").glob("train-*.log")).read_text(encoding="utf-8")
+    assert log.index("|<|im_end|>") < log.index("start {")
+
+
+# --- bases and devices ---------------------------------------------------------------------------
+
+
+def test_an_adapter_is_no_base(workspace: Path) -> None:
+    trained(workspace)
+    with pytest.raises(UserError, match="is a LoRA adapter, not a model") as caught:
+        trained(workspace, student_base="data/checkpoints/base-lora")
+    assert caught.value.hint == "--student-base base, which it was trained on"
+
+
+def test_a_git_lfs_pointer_is_named_with_the_command_that_fetches_the_file(
+    workspace: Path, base: Path
+) -> None:
+    shutil.copytree(base, workspace / "pointer")
+    weights_file = workspace / "pointer" / "model.safetensors"
+    weights_file.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", encoding="utf-8"
+    )
+    error = refused(workspace, student_base="pointer")
+    assert str(error).endswith("model.safetensors: this is a Git-LFS pointer, not the file itself")
+    assert error.hint == "git lfs pull && git lfs checkout"
+
+
+def test_a_base_that_is_nowhere_is_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with quiet():
+        from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    error = refused(workspace, student_base="nobody/no-such-model")
+    assert "'nobody/no-such-model'" in str(error) and "--student-base mtgdm-tiny" in str(error.hint)
+    assert "there is no such model folder" in str(refused(workspace, student_base="./nowhere"))
+
+
+def test_cuda0_without_a_gpu_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device-mode cpu" in str(refused(workspace, device_mode="cuda0").hint)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(workspace: Path) -> None:
+    error = refused(workspace, lr=1e30, scheduler="constant", warmup=0)
+    assert "became" in str(error) and "lower --lr" in str(error.hint)
+
+
+def test_memory_that_runs_out_names_the_settings_to_change(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from mtgdm.student import trainer
+
+    def too_much(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainer.StudentTrainer, "summed_loss", too_much)
+    assert str(refused(workspace).hint).startswith("--gradient-checkpointing, --batch 1")
+
+
+def test_qlora_trains_on_a_cpu(workspace: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    make_base(workspace / "wide", hidden=64)  # bitsandbytes packs 64 numbers to a block
+    trained(
+        workspace,
+        student_base="wide",
+        load_in_4bit=True,
+        bnb_compute_dtype="float32",
+        gradient_checkpointing=True,
+    )
+    end = points(workspace, "end")[0]
+    assert end["best_eval_loss"] < end["first_eval_loss"]
+    assert (workspace / "data" / "checkpoints" / "wide-lora" / "adapter_config.json").is_file()
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_result(workspace: Path) -> None:
+    trained(workspace, lora_dropout=0)
+    plain = checkpoint(workspace).rename(workspace / "plain")
+    trained(workspace, lora_dropout=0, gradient_checkpointing=True)
+    assert furthest(plain, checkpoint(workspace)) <= 1e-6
