@@ -11,8 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtgdm import manifest
-from mtgdm.errors import SettingError, UserError
+from mtgdm import __version__, manifest
+from mtgdm.errors import MtgdmError, SettingError, UserError
 from mtgdm.manifest import Manifest
 from mtgdm.profiles import Profile, Settings, Sourced, settings_for
 from mtgdm.rows import replace
@@ -53,8 +53,15 @@ def run_stage(stage: Stage[Any], settings: Settings, profile: Profile, terminal:
     )
     before = _known(config.outputs())
     inputs = [manifest.state(path, workspace, before) for path in config.inputs() if path.exists()]
+    context.log.info("mtgdm %s %s, profile %s", __version__, stage.name, profile.name)
+    for key, setting in settings.values.items():
+        context.log.info("%s = %s (%s)", key, setting.value, setting.source)
     try:
         result = stage(config, context) or Result()
+        context.log.info("done: %s %s", result.summary, json.dumps(result.counts, ensure_ascii=False))
+    except (MtgdmError, KeyboardInterrupt) as error:
+        context.log.error("stopped: %s", error or "interrupted")
+        raise
     finally:
         context.close()
     finished = datetime.now().astimezone()

@@ -380,6 +380,8 @@ def _finish(
     adapter = json.loads((outcome.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     # PEFT writes the place where the base lay on this machine; the name is what others can use.
     adapter["base_model_name_or_path"] = config.student_base
+    # A set, whose order differs from process to process: the same training shall make the same file.
+    adapter["target_modules"] = sorted(adapter["target_modules"])
     shutil.copyfile(outcome.adapter / "adapter_model.safetensors", beside / "adapter_model.safetensors")
     chat.tokenizer.save_pretrained(str(beside))
     training = {
