@@ -93,7 +93,7 @@ def test_a_browser_that_never_answers_is_ended_at_the_limit(
     export = write_pngs({tmp_path / "a.png": small_figure()}, limit_s=4)
     assert time.monotonic() - begun < 12
     assert export.problem == "the browser did not finish within 4 s"
-    assert export.hint == install_hint()
+    assert export.hint is not None and "--chart-timeout-s" in export.hint
     assert not list(tmp_path.glob("*.png"))
     if sys.platform == "linux":
         assert running(str(sleeper)) == []

@@ -107,7 +107,8 @@ def _draw(figures: Mapping[Path, Figure], folder: Path, deadline: float, limit_s
             break
         code, said = _run_child(request, folder, left_s)
         if code is None:
-            return Export(problem=f"the browser did not finish within {limit_s:g} s", hint=install_hint())
+            hint = f"give it longer with --chart-timeout-s, or another browser: {install_hint()}"
+            return Export(problem=f"the browser did not finish within {limit_s:g} s", hint=hint)
         if code == NO_BROWSER:
             return Export(problem=_no_browser(), hint=install_hint())
         if code == 0 and all(_is_png(path) for path in drawn.values()):

@@ -218,7 +218,8 @@ def line_shape(
 
 
 def nothing_here(chart: Figure, number: int, text: str) -> None:
-    """Say in the middle of panel n why it is empty."""
+    """Say in the middle of panel n why it is empty; its axis would count what is not there."""
+    chart["layout"][f"yaxis{'' if number == 1 else number}"]["showticklabels"] = False
     note(
         chart,
         escape(text),

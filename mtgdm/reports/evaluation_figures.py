@@ -27,12 +27,17 @@ from mtgdm.charts.style import (
     stacked,
 )
 from mtgdm.reports.evaluation import METRICS, EvalRow, Evaluation, Metric, interval_of, values_of
+from mtgdm.reports.values import counted
 from mtgdm.scoring.statistics import percentile
 
 MOST_TYPES = 4
 """More prompt types than this do not fit side by side; the JSON and the page have them all."""
 MOST_ROWS = 3000
+MOST_ROWS_NAMED = 200
+"""Among more dots than this a name is only noise."""
 BINS = 24
+SLOW = 1.2
+"""A row is slow that takes this many times the median."""
 
 
 def quality_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
@@ -41,6 +46,7 @@ def quality_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
     if len(evaluation.types) > 1 and not narrow:
         sizes = sorted(evaluation.types, key=lambda name: -len(evaluation.of_type(name)))[:MOST_TYPES]
         columns += [(name, evaluation.of_type(name)) for name in evaluation.types if name in sizes]
+    unseen = len(evaluation.types) - len(columns) + 1 if len(columns) > 1 else 0
     shares = [
         metric for metric in METRICS if not metric.lower_is_better and values_of(evaluation.rows, metric.key)
     ]
@@ -48,8 +54,9 @@ def quality_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
         metric for metric in METRICS if metric.lower_is_better and values_of(evaluation.rows, metric.key)
     ]
     subtitle = _subtitle(evaluation) + " · mean with 95 % interval, spots resampled"
+    subtitle += f" · {counted(unseen, 'smaller type')} left out" if unseen else ""
     chart = figure(
-        "Answers on held-out spots", subtitle, 330 + 58 * len(shares) + 190 + 110 * bool(counts), left=138
+        "Quality of the answers", subtitle, 330 + 58 * len(shares) + 190 + 110 * bool(counts), left=138
     )
     heights = [max(1.0, 58 * len(shares)), 130.0, *([46.0] if counts else [])]
     bands = stacked(heights, 0.125)
@@ -240,7 +247,7 @@ def _spread_panel(
     panel(chart, number, title, x=across, y=band, y_axis=y_axis, x_axis=x_axis)
     for share, anchor, shift in ((0.5, "right", -5), (0.95, "left", 5)):
         value = percentile(student, share)
-        if math.isfinite(value):
+        if len(student) >= 3:
             line_shape(chart, number=number, color=STUDENT, x=value, dash="dot")
             axes = (axis("x", number), f"{axis('y', number)} domain")
             text = f"p{share * 100:.0f} {_short(value)}"
@@ -301,7 +308,8 @@ def _course_panel(
         )
         if not base:
             chart["data"].append(_running_median(points, number))
-            _name_slowest(chart, number, points, names)
+            if len(points) <= MOST_ROWS_NAMED:
+                _name_slowest(chart, number, points, names)
     if not every:
         nothing_here(chart, number, "not in the metrics file")
     _keep_axes(chart, number)
@@ -310,10 +318,11 @@ def _course_panel(
 def _name_slowest(
     chart: Figure, number: int, points: Sequence[tuple[int, float, EvalRow]], most: int
 ) -> None:
-    """Write the spot above the slowest rows, as far as the names stay clear of each other."""
+    """Write the spot above rows that are slow beside the others, as far as the names stay clear of each other."""
+    middle = percentile([value for _, value, _ in points], 0.5)
     named: list[int] = []
     for place, value, row in sorted(points, key=lambda point: -point[1]):
-        if len(named) == most or row.spot is None:
+        if len(named) == most or row.spot is None or value < SLOW * middle:
             break
         if any(abs(place - other) < 0.16 * points[-1][0] for other in named):
             continue
@@ -472,8 +481,5 @@ def _short(value: float) -> str:
 
 
 def _subtitle(evaluation: Evaluation) -> str:
-    rows = len(evaluation.rows)
-    parts = [f"{rows:,} row{'' if rows == 1 else 's'}"]
-    if evaluation.spots:
-        parts.append(f"{evaluation.spots:,} spot{'' if evaluation.spots == 1 else 's'}")
-    return " · ".join(parts)
+    rows = counted(len(evaluation.rows), "row")
+    return f"{rows} · {counted(evaluation.spots, 'spot')}" if evaluation.spots else rows

@@ -27,6 +27,7 @@ from mtgdm.charts.style import (
     stacked,
 )
 from mtgdm.reports.training_run import TrainingRun, clip_of, ends
+from mtgdm.reports.values import counted
 
 MOST_POINTS = 3000
 """A line of more points is drawn by the lowest and highest of each bucket, so that extremes survive."""
@@ -245,7 +246,7 @@ def _fill_panel(chart: Figure, run: TrainingRun, column: str, color: str, number
 def _line(
     points: Points, name: str, color: str, width: float, *, number: int = 1, opacity: float = 1.0, **more: Any
 ) -> dict[str, Any]:
-    few = len(points[0]) <= 3
+    few, single = len(points[0]) <= 40, len(points[0]) <= 3
     return {
         "type": "scatter",
         "mode": "lines+markers" if few else "lines",
@@ -256,6 +257,7 @@ def _line(
         "name": name,
         "opacity": opacity,
         "line": {"color": color, "width": width, "simplify": False},
+        "marker": {"color": color, "size": 9 if single else 5.5},
         "hovertemplate": "%{y:.4~g}<br>step %{x:,}<extra>" + name + "</extra>",
         "cliponaxis": not few,
         **more,
@@ -263,10 +265,12 @@ def _line(
 
 
 def _step_axis(run: TrainingRun) -> dict[str, Any]:
+    """All steps, from 0 where the run began there; room on both sides of a single one."""
     first = min((*run.train["step"][:1], *run.eval_steps[:1]), default=0)
-    return {
-        "range": [min(0.0, first) if first < run.last_step / 10 else first, max(run.last_step, first + 1)]
-    }
+    last = run.last_step
+    if last <= first:
+        return {"range": [first - 1, first + 1], "nticks": 3}
+    return {"range": [min(0.0, first) if first < last / 10 else first, last]}
 
 
 def _name_steps(chart: Figure, number: int) -> None:
@@ -279,7 +283,10 @@ def _subtitle(run: TrainingRun) -> str:
         parts.append(str(run.start["base_model"]))
     total = run.start.get("total_steps")
     of = f" of {total:,}" if run.end is None and isinstance(total, int) else ""
-    parts.append(f"{run.last_step:,}{of} steps" + (" (the run did not end)" if run.end is None else ""))
+    parts.append(
+        (f"{run.last_step:,}{of} steps" if of else counted(run.last_step, "step"))
+        + (" (the run did not end)" if run.end is None else "")
+    )
     if isinstance(run.start.get("train_rows"), int):
         parts.append(f"{run.start['train_rows']:,} train rows")
     _, final = ends(run.train["loss"])

@@ -61,7 +61,7 @@ def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "seconds a step",
             brief(data["step_seconds"]["p50"]),
-            f"drift {share(data['step_seconds']['drift'])}",
+            _drift(data),
         ),
         ("gradient norm", brief(data["gradient_norm"]["p50"]), _gradient_note(data["gradient_norm"])),
         (
@@ -156,6 +156,11 @@ def _gradient_note(gradients: Mapping[str, Any]) -> str:
     spikes = gradients["spikes"]
     tail = f", {spikes} spike{'' if spikes == 1 else 's'}" if spikes else ""
     return f"most {brief(gradients['max'])} at step {gradients['max_step']:,}{tail}"
+
+
+def _drift(data: Mapping[str, Any]) -> str:
+    drift = data["step_seconds"]["drift"]
+    return f"drift {share(drift)}" if math.isfinite(drift) else ""
 
 
 def _plain(value: Any) -> str:

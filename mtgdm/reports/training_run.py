@@ -28,7 +28,7 @@ COLUMNS = (
 )
 RISE = 0.02
 """Eval loss this much (relative) over its best, for two evaluations or more, is over-fitting, not noise."""
-FALL = 0.01
+FALL = 0.02
 """Eval loss that still falls by this much (relative) at the end says that training stopped early."""
 SPIKE = 5.0
 """A gradient norm this many times the median is a spike."""
@@ -169,7 +169,7 @@ def judge(run: TrainingRun) -> tuple[str, list[str]]:
         verdict = "diverged"
         reasons.append("the train loss rose: lower --lr")
     if evaluations:
-        word, why = _generalisation(evaluations)
+        word, why = _generalisation(evaluations, ended=run.end is not None)
         reasons += why
         verdict = word if verdict == "healthy" and word else verdict
         kept = (run.end or {}).get("best_step")
@@ -197,7 +197,7 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def _generalisation(evaluations: list[tuple[float, float]]) -> tuple[str, list[str]]:
+def _generalisation(evaluations: list[tuple[float, float]], *, ended: bool) -> tuple[str, list[str]]:
     """What the evaluations say of over- and under-fitting."""
     best = min(range(len(evaluations)), key=lambda place: evaluations[place][1])
     best_step, best_loss = evaluations[best]
@@ -212,9 +212,10 @@ def _generalisation(evaluations: list[tuple[float, float]]) -> tuple[str, list[s
         ]
     before_loss = evaluations[-2][1]
     if after == 0 and before_loss > 0 and final_loss < before_loss * (1 - FALL):
+        advice = ": more --epochs may help" if ended else ""
         return "still improving", [
             f"eval loss is lowest at the end ({final_loss:.3f} at step {final_step:,.0f}) and fell "
-            f"by {1 - final_loss / before_loss:.1%} since the evaluation before: more --epochs may help"
+            f"by {1 - final_loss / before_loss:.1%} since the evaluation before{advice}"
         ]
     if after == 0:
         return "", [
