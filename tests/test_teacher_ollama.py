@@ -11,7 +11,8 @@ import pytest
 
 from mtgdm.errors import SettingError, UserError
 from mtgdm.teachers import loop
-from mtgdm.teachers.ollama import server_url
+from mtgdm.teachers.ollama import Ollama
+from mtgdm.teachers.server import server_url
 from mtgdm.testing import StageRun
 from tests import teacher_domain
 from tests.conftest import CommandLine, read_rows, write_lines
@@ -153,13 +154,13 @@ def test_a_model_that_knows_no_think_key_is_asked_without(tmp_path: Path, server
 
 @pytest.mark.parametrize("given", ["localhost:11434", "http://localhost:11434/", "http://localhost:11434/v1"])
 def test_an_address_may_be_written_as_people_write_it(given: str) -> None:
-    assert server_url(given) == "http://localhost:11434"
+    assert server_url(given, Ollama.paths) == "http://localhost:11434"
 
 
 @pytest.mark.parametrize("given", ["", "http://", "ftp://localhost", "http://local host:x"])
 def test_what_is_no_address_is_a_wrong_setting(given: str) -> None:
     with pytest.raises(SettingError, match="no address of a server"):
-        server_url(given)
+        server_url(given, Ollama.paths)
 
 
 # --- a teacher that cannot be asked --------------------------------------------------------------

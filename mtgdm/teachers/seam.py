@@ -61,11 +61,13 @@ class TeacherSettings(StageConfig):
     """How a teacher is asked; the settings of the teacher stage that backends read."""
 
     backend: str = "offline"
-    """Who answers: offline (a template over the record, no model), ollama, or an installed plugin."""
+    """Who answers: offline (a template over the record, no model), ollama, openai (vLLM and the like), or a plugin."""
     model: str | None = None
     """The teacher's model, as the server calls it: qwen2.5:32b-instruct-q4_K_M."""
     url: Annotated[str, Runtime(), Flag(also=("ollama_url",))] = "http://localhost:11434"
     """Where the teacher's server listens."""
+    api_key_env: Annotated[str, Runtime()] = "OPENAI_API_KEY"
+    """The environment variable that holds the key of an OpenAI-compatible server, where it wants one."""
     ollama_num_gpu: Annotated[int, Runtime()] = Field(999, ge=-1)
     """Layers Ollama puts on the GPU: 999 is all, 0 none, -1 as Ollama sees fit."""
     num_ctx: Annotated[int, Runtime()] = Field(0, ge=0)
