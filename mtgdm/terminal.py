@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ PLAIN_INTERVAL_S = 15.0
 
 
 PIPE_COLUMNS = 1000
+"""In a file or a pipe there is no edge to wrap a table at, and a path in two pieces is no path."""
 
 
 class Terminal:
@@ -34,7 +36,8 @@ class Terminal:
 
     def __init__(self, *, verbose: bool = False) -> None:
         self.verbose = verbose
-        self._out = Console(highlight=False, soft_wrap=True)
+        width = None if sys.stdout.isatty() else PIPE_COLUMNS
+        self._out = Console(highlight=False, soft_wrap=True, width=width)
         self._err = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: RichProgress | None = None
 
@@ -71,8 +74,7 @@ class Terminal:
             table.add_column(column.lstrip("#"), justify="right" if number else "left", no_wrap=number, overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        # In a file or a pipe there is no edge to wrap at, and a path in two pieces is no path.
-        self._out.print(table, soft_wrap=False, width=None if self._out.is_terminal else PIPE_COLUMNS)
+        self._out.print(table, soft_wrap=False)
 
     @contextmanager
     def progress_view(self) -> Iterator[None]:
