@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,31 @@ def test_a_browser_that_never_answers_is_ended_at_the_limit(
     assert not list(tmp_path.glob("*.png"))
     if sys.platform == "linux":
         assert running(str(sleeper)) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_report_leaves_no_browser_behind(tmp_path: Path) -> None:
+    sleeper = fake_browser(tmp_path, f"sleep 300 # {tmp_path}")
+    script = (
+        "from pathlib import Path\nfrom mtgdm.charts.export import write_pngs\n"
+        "layout = {'width': 400, 'height': 300}\n"
+        f"write_pngs({{Path({str(tmp_path)!r}) / 'a.png': {{'data': [], 'layout': layout}}}}, limit_s=120)\n"
+    )
+    environment = {**os.environ, "BROWSER_PATH": str(sleeper), "TMPDIR": str(tmp_path)}
+    report = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    assert waited_for(lambda: len(running(str(sleeper))) > 0)
+    report.kill()
+    report.wait()
+    assert waited_for(lambda: not running(str(sleeper)) and not list(tmp_path.glob("mtgdm-charts-*")))
+
+
+def waited_for(condition: Callable[[], bool], limit_s: float = 30) -> bool:
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the fake browser is a shell script")

@@ -5,4 +5,4 @@ import sys
 from mtgdm.charts.export import draw_requested
 
 if __name__ == "__main__":
-    sys.exit(draw_requested())
+    sys.exit(draw_requested(int(sys.argv[1])))

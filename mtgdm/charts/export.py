@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ SCALE = 2
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 NO_BROWSER = 3
 """Exit code of the child where kaleido finds no browser."""
+FOLDER = "mtgdm-charts-"
 ATTEMPTS = 2
 """A browser that dies half-way (killed for memory, say) is started once more."""
 
@@ -46,7 +48,7 @@ def write_pngs(figures: Mapping[Path, Figure], *, limit_s: float) -> Export:
     deadline = time.monotonic() + limit_s
     try:
         # Chromium leaves its profile behind when it is killed: with all of it in one folder nothing stays.
-        with tempfile.TemporaryDirectory(prefix="mtgdm-charts-", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True) as folder:
             return _draw(figures, Path(folder), deadline, limit_s)
     except OSError as error:
         return Export(problem=f"the charts could not be drawn: {error}", hint=install_hint())
@@ -124,7 +126,8 @@ def _run_child(request: bytes, folder: Path, limit_s: float) -> tuple[int | None
     """Exit code and last words of the drawing process; no code where it had to be killed at the limit."""
     with (folder / "stderr").open("w+b") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mtgdm.charts"],  # -P: nothing of the workspace is imported
+            # -P: nothing of the workspace is imported
+            [sys.executable, "-P", "-m", "mtgdm.charts", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=errors,
             stderr=errors,
@@ -169,12 +172,27 @@ def _end_tree(child: subprocess.Popen[bytes]) -> None:
     if os.name == "nt":
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(child.pid)], capture_output=True, check=False)
     else:
-        for pid in [*_descendants(child.pid), child.pid]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        _kill([*_descendants(child.pid), child.pid])
     child.wait()
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _end_with(parent: int) -> None:
+    """Wait until the parent is gone (killed, say); then nobody is left to end the browser and to tidy up."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    _kill(_descendants(os.getpid()))
+    folder = Path(tempfile.gettempdir())
+    if folder.name.startswith(FOLDER):
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _descendants(root: int) -> list[int]:
@@ -214,11 +232,13 @@ def _os_release() -> str:
     return path.read_text(encoding="utf-8", errors="replace").lower() if path.is_file() else ""
 
 
-def draw_requested() -> int:
+def draw_requested(parent: int) -> int:
     """The child's part: figures as JSON on standard input, PNGs into the paths they name."""
     browser = find_browser()
     if browser is None:
         return NO_BROWSER
+    if os.name != "nt":  # Windows keeps the number of a parent that is gone
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import kaleido
 
     jobs: list[dict[str, Any]] = json.loads(sys.stdin.buffer.read())
