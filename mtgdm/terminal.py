@@ -71,7 +71,9 @@ class Terminal:
         table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for column in columns:
             number = column.startswith("#")
-            table.add_column(column.lstrip("#"), justify="right" if number else "left", no_wrap=number, overflow="fold")
+            table.add_column(
+                column.lstrip("#"), justify="right" if number else "left", no_wrap=number, overflow="fold"
+            )
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self._out.print(table, soft_wrap=False)
