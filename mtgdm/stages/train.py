@@ -43,7 +43,7 @@ class TrainConfig(StageConfig):
     device_mode: Literal["cuda0", "auto", "cpu"] = "auto"
     """First GPU, what there is, or the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Numbers to compute in; auto takes bfloat16 on a GPU and float32 on a CPU."""
+    """Numbers to compute in; auto takes bfloat16 on a GPU, float32 on a CPU. A CPU without bfloat16 keeps float32."""
     load_in_4bit: bool = False
     """QLoRA: hold the base in 4-bit NF4 with double quantisation."""
     bnb_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
