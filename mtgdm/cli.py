@@ -97,16 +97,25 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 StageOption = Annotated[str | None, typer.Option(metavar="STAGE", autocompletion=_complete_stage)]
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say where settings and errors come from.")
-    ] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"mtgdm {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit."),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Show every setting with its source, and where errors come from."
+        ),
+    ] = False,
+) -> None:
     if verbose:
         _terminal().verbose = True
 

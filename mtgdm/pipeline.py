@@ -59,8 +59,11 @@ def run_stage(stage: Stage[Any], settings: Settings, profile: Profile, terminal:
     try:
         result = stage(config, context) or Result()
         context.log.info("done: %s %s", result.summary, json.dumps(result.counts, ensure_ascii=False))
-    except (MtgdmError, KeyboardInterrupt) as error:
-        context.log.error("stopped: %s", error or "interrupted")
+    except MtgdmError as error:
+        context.log.error("stopped: %s", error)
+        raise
+    except KeyboardInterrupt:
+        context.warn("interrupted: what was finished is on disk, the same command goes on from there")
         raise
     finally:
         context.close()
