@@ -50,7 +50,9 @@ def main() -> None:
         pairs = [(seconds(ours, environment), seconds(theirs, environment)) for _ in range(RUNS)]
     ratio = statistics.median(a / b for a, b in pairs)
     mtgdm_s, bare_s = (statistics.median(side) for side in zip(*pairs, strict=True))
-    print(f"start-up, {count} commands, {RUNS} pairs: mtgdm --help {mtgdm_s:.3f} s, bare Typer {bare_s:.3f} s")
+    print(
+        f"start-up, {count} commands, {RUNS} pairs: mtgdm --help {mtgdm_s:.3f} s, bare Typer {bare_s:.3f} s"
+    )
     print(f"ratio (median of pairs): {ratio:.2f}")
 
 
