@@ -51,6 +51,18 @@ def test_exact_duplicates_are_dropped_and_counted(mtgdm: CommandLine) -> None:
     assert len({row["meta"]["split"] for row in rows}) == 1, "one name, one split"
 
 
+def test_names_that_may_be_one_spot_in_two_splits_are_reported(mtgdm: CommandLine) -> None:
+    names = [
+        f"{name}{ending}" for name in ("西湖", "灵隐寺", "黄山", "泰山") for ending in ("", "风景名胜区")
+    ]
+    apart = [name for name in names[::2] if split_of(name) != split_of(f"{name}风景名胜区")]
+    write_lines(mtgdm.folder / "spots.jsonl", *(spot(name) for name in names))
+    ran = mtgdm("prompts", "--spots", "spots.jsonl")
+    assert apart
+    assert f"{len(apart)} pairs of spots" in ran.err
+    assert "风景名胜区 (" in ran.err
+
+
 def test_a_bad_line_stops_the_run_before_anything_is_written(mtgdm: CommandLine) -> None:
     write_lines(mtgdm.folder / "spots.jsonl", spot("西湖"))
     before = prompts(mtgdm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,12 +67,14 @@ def run(config: PromptsConfig, context: Context) -> Result:
 
     counts: Counter[str] = Counter()
     seen: set[str] = set()
+    splits: dict[str, rows.Split] = {}
     with rows.replace(config.out) as file, context.progress(config.limit or None, "spots") as bar:
         for record in _limited(context.domain.read(config.spots, on_bad), config.limit):
             counts["spots"] += 1
             split = rows.split_of(
                 record.name, seed=config.seed, val_ratio=config.val_ratio, test_ratio=config.test_ratio
             )
+            splits[record.name] = split
             for prompt in context.domain.prompts(record):
                 identity = rows.row_id(prompt.messages)
                 if identity in seen:
@@ -92,6 +95,7 @@ def run(config: PromptsConfig, context: Context) -> Result:
         if not counts["prompts"]:
             reason = "no line could be used" if skipped else "there is no record in this file"
             raise UserError(reason, where=config.spots)
+    _warn_of_near_names(splits, context)
     if len(skipped) > SHOWN_BAD_LINES:
         context.terminal.warn(
             f"and {len(skipped) - SHOWN_BAD_LINES:,} more bad lines, all in {context.log_path('.log')}"
@@ -115,6 +119,22 @@ def _limited(records: Iterator[Record], limit: int) -> Iterator[Record]:
         yield record
         if number == limit:
             return
+
+
+def _warn_of_near_names(splits: dict[str, rows.Split], context: Context) -> None:
+    """西湖 and 西湖风景名胜区 may be one spot, and then it would be trained on and tested."""
+    pairs = [
+        f"{short} ({splits[short]}) and {long} ({splits[long]})"
+        for short, long in pairwise(sorted(splits))
+        if long.startswith(short) and splits[short] != splits[long]
+    ]
+    for pair in pairs:
+        context.log.warning("names that begin alike, in different splits: %s", pair)
+    if pairs:
+        context.terminal.warn(
+            f"{len(pairs):,} pairs of spots have names that begin alike and stand in different splits, such as "
+            f"{pairs[0]}: give what is one spot one name (all pairs are in the log)"
+        )
 
 
 def _summary(counts: Counter[str], skipped: int) -> str:
