@@ -59,8 +59,8 @@ def test_names_that_may_be_one_spot_in_two_splits_are_reported(mtgdm: CommandLin
     write_lines(mtgdm.folder / "spots.jsonl", *(spot(name) for name in names))
     ran = mtgdm("prompts", "--spots", "spots.jsonl")
     assert apart
-    assert f"{len(apart)} pairs of spots" in ran.err
-    assert "风景名胜区 (" in ran.err
+    assert f"{len(apart)} pairs of spots have names that begin alike" in ran.err
+    assert f"{apart[0]} ({split_of(apart[0])}) and {apart[0]}风景名胜区" in ran.err
 
 
 def test_a_bad_line_stops_the_run_before_anything_is_written(mtgdm: CommandLine) -> None:
