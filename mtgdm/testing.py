@@ -60,10 +60,10 @@ class QuietTerminal(Terminal):
 
 
 def run(
-    stage: Stage[Any], workspace: Path, *, domain: str = "tourism", name: str | None = None, **settings: Any
+    stage: Stage[Any], workspace: Path, *, domain: str = "tourism", stage_name: str = "", **settings: Any
 ) -> StageRun:
     """Run a stage in a workspace with these settings (`in_=...` for `--in`); raises what the stage raises."""
-    stage.name = name or stage.name or stage.function.__module__.rsplit(".", 1)[-1].replace("_", "-")
+    stage.name = stage_name or stage.name or stage.function.__module__.rsplit(".", 1)[-1].replace("_", "-")
     profile = Profile(
         name="testing",
         path=None,

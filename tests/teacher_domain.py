@@ -127,7 +127,7 @@ def right_answer(question: Question) -> str:
 
 def run_teacher(workspace: Path, **settings: Any) -> StageRun:
     """The teacher stage over the domain of this file."""
-    return run_stage(teacher.run, workspace, domain="gardens", name="teacher", **settings)
+    return run_stage(teacher.run, workspace, domain="gardens", **settings)
 
 
 if __name__ == "__main__":

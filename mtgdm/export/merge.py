@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtgdm.errors import UserError
 from mtgdm.student.base import load_model, place
+from mtgdm.student.generation import with_adapter
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -42,7 +42,7 @@ def merge(
     """
     model = load_model(base, name, place("cpu"))
     wanted = _stored_dtype(base) if dtype == "auto" else getattr(torch, dtype)
-    adapted: Any = PeftModel.from_pretrained(model, str(checkpoint), torch_device="cpu")
+    adapted: Any = with_adapter(model, str(checkpoint), name)
     tokens = _probe(model.config.vocab_size)
     before = _logits(adapted, tokens)
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)

@@ -135,15 +135,20 @@ def load(
     model = base.load_model(
         base.locate(base_name, workspace), base_name, placement, load_in_4bit=load_in_4bit
     )
+    return _ready(with_adapter(model, source, base_name))
+
+
+def with_adapter(model: PreTrainedModel, source: str, base_name: str) -> PeftModel:
+    """The adapter of a checkpoint over its loaded base; UserError where the two do not fit."""
     try:
-        adapted = PeftModel.from_pretrained(model, source)
+        adapted: PeftModel = PeftModel.from_pretrained(model, source)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"the adapter does not fit its base {base_name}: {str(error).strip().splitlines()[0]}",
             where=source,
             hint="was it trained on another model? `base_model` in training.json names it",
         ) from error
-    return _ready(adapted)
+    return adapted
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
