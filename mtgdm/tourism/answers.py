@@ -38,14 +38,12 @@ def render(facts: Mapping[str, Any], prompt_type: str) -> str:
 
 def general(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The introduction: the record's own sentences, sorted into the contract's lists."""
-    name, lat, lon = facts["name"], facts.get("lat"), facts.get("lon")
     sights: list[dict[str, Any]] = []
     for detail in details_on(facts, "attractions"):
         title, words = _titled(detail)
         sights.append({"name": title, "type": UNKNOWN, "desc": words, "lat": None, "lon": None})
-    own = {"name": name, "type": _types(facts), "desc": _first(facts.get("intro")), "lat": lat, "lon": lon}
     return {
-        "name": name,
+        "name": facts["name"],
         "province": facts.get("province") or UNKNOWN,
         "history": _history(facts),
         "culture": _culture(facts),
@@ -56,13 +54,17 @@ def general(facts: Mapping[str, Any]) -> dict[str, Any]:
             for detail in details_on(facts, "photo")
             for title, words in (_titled(detail),)
         ],
-        "attractions": [own, *sights],
+        "attractions": sights,
         "routes": [
             {"name": detail["label"], "duration": UNKNOWN, "steps": sentences(detail["text"])}
             for detail in details_on(facts, "routes")
         ],
         "myths": _all_sentences(facts, "myths"),
-        "geo": {"lat": lat, "lon": lon, "hint": facts.get("city") or facts.get("province") or UNKNOWN},
+        "geo": {
+            "lat": facts.get("lat"),
+            "lon": facts.get("lon"),
+            "hint": facts.get("city") or facts.get("province") or UNKNOWN,
+        },
     }
 
 
@@ -206,14 +208,6 @@ def _intro(facts: Mapping[str, Any]) -> list[str]:
 
 def _all_sentences(facts: Mapping[str, Any], subject: str) -> list[str]:
     return [sentence for text in texts_on(facts, subject) for sentence in sentences(text)]
-
-
-def _first(text: str | None) -> str:
-    return next(iter(sentences(text or "")), UNKNOWN)
-
-
-def _types(facts: Mapping[str, Any]) -> str:
-    return "、".join(facts.get("types") or []) or UNKNOWN
 
 
 def _place(facts: Mapping[str, Any]) -> str:

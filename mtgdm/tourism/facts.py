@@ -34,7 +34,7 @@ _TOPICS = {
 }
 _TOPIC_WORDS = {"history": "历史", "culture": "文化", "transport": "交通"}
 _PLAIN = {
-    "general": ("name", "province", "city", "coordinates", "types", "year_5a"),
+    "general": ("name", "province", "city", "coordinates"),
     "itinerary": ("name", "city", "coordinates", "best_season"),
     "bilingual": ("name", "name_en", "province", "city", "year_5a", "best_season"),
 }
