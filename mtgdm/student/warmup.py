@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from mtgdm.student import tiny
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import Qwen2ForCausalLM
 
 UNKNOWN = "未知"
 
@@ -103,7 +103,11 @@ _SUFFIX = ("省", "市", "自治区")
 class Writer:
     """Random text of one document: its characters, its words, and a name that other texts share pieces of."""
 
-    def __init__(self, rng: random.Random, common: list[str], ascii_tokens: list[str]) -> None:
+    def __init__(
+        self, rng: random.Random, common: list[str], ascii_tokens: list[str], entangled: bool
+    ) -> None:
+        self.numbers: list[str] = []
+        self.phrases: list[str] = []
         self.rng, self.common, self.ascii_tokens = rng, common, ascii_tokens
         self.pool = rng.choices(common, k=rng.choice((40, 120, 400)))
         self.frequent = rng.choice((0.1, 0.3, 0.5))
@@ -111,6 +115,19 @@ class Writer:
         self.words = [self.han(rng.randint(2, 3)) for _ in range(rng.randint(4, 10))]
         self.name = self.title()
         self.shared = rng.choice((0.0, 0.25, 0.5))
+        if entangled:
+            self.shared = rng.choice((0.3, 0.6, 0.9))
+            self.numbers = [self.digits() for _ in range(3)]
+            self.numbers += [number[:-1] + rng.choice(string.digits) for number in self.numbers]
+            self.phrases = [self._phrase() for _ in range(rng.randint(3, 8))]
+
+    def _phrase(self) -> str:
+        form = self.rng.random()
+        if form < 0.3:
+            return self.rng.choice(self.numbers) + self.rng.choice(_UNITS) + self.han(self.rng.randint(0, 3))
+        if form < 0.6:
+            return self.fragment() + self.han(self.rng.randint(1, 2))
+        return self.han(self.rng.randint(2, 8))
 
     def han(self, length: int) -> str:
         """Characters, some of them rare, some of them so frequent that they say nothing of the place."""
@@ -146,6 +163,8 @@ class Writer:
     def digits(self) -> str:
         """A number: a year, a count, a time, a decimal."""
         rng = self.rng
+        if self.numbers and rng.random() < 0.6:
+            return rng.choice(self.numbers)
         form = rng.random()
         if form < 0.4:
             return str(rng.randint(200, 2029))
@@ -186,6 +205,8 @@ class Writer:
             parts.append(self.fragment())
         parts.append(self.han(rng.randint(2, 9)))
         for _ in range(rng.choice((0, 0, 1, 1, 2))):
+            if self.phrases and rng.random() < 0.4:
+                parts.append(rng.choice(self.phrases))
             form = rng.random()
             if form < 0.3:
                 parts.append(self.digits() + rng.choice(_UNITS))
@@ -217,12 +238,14 @@ class Writer:
         """The kind of a value and its text."""
         rng = self.rng
         form = rng.random()
-        if form < 0.34:
+        if form < 0.4:
             return "text", "".join(self.sentence() for _ in range(rng.choice((1, 1, 1, 2, 2, 3))))
-        if form < 0.46:
+        if form < 0.48:
             own = self.fragment() if rng.random() < self.shared * 1.5 else ""
+            if self.phrases and rng.random() < 0.4:
+                own = rng.choice((self.name, *self.phrases))
             return "word", own + self.han(rng.randint(1 - bool(own), 6)) or own
-        if form < 0.54:
+        if form < 0.55:
             return "word", self.title()
         if form < 0.62:
             return "words", "、".join(self.han(rng.randint(2, 4)) for _ in range(rng.randint(1, 4)))
@@ -260,9 +283,14 @@ class Document:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
 
-def document(rng: random.Random, common: list[str], ascii_tokens: list[str], longest: int) -> Document:
-    """A random record and the tasks on it, of about `longest` characters at most."""
-    write = Writer(rng, common, ascii_tokens)
+def document(
+    rng: random.Random, common: list[str], ascii_tokens: list[str], longest: int, entangled: bool = False
+) -> Document:
+    """A random record and the tasks on it, of about `longest` characters at most.
+
+    `entangled` records repeat long pieces: whoever copies one has to remember where it began.
+    """
+    write = Writer(rng, common, ascii_tokens, entangled)
     fields = _record(write, rng.randint(2, 14), longest * 0.5)
     system = None
     if rng.random() < 0.75:
@@ -270,7 +298,7 @@ def document(rng: random.Random, common: list[str], ascii_tokens: list[str], lon
     shown = _shown(rng, fields)
     result = Document(system)
     length = len(shown) + len(system or "")
-    for turn in range(rng.choice((1, 1, 2, 2, 3, 4, 5))):
+    for turn in range(rng.choice((1, 1, 1, 2, 2, 3, 4))):
         task, answer = _task(write, fields)
         if turn == 0:
             head = rng.choice(("资料：\n", "资料：\n", "", "记录：\n", "Data:\n", f"{write.han(2)}：\n"))
@@ -320,9 +348,9 @@ def _label(write: Writer) -> tuple[str, str]:
 
 def _shown(rng: random.Random, fields: list[Field]) -> str:
     form = rng.random()
-    if form < 0.12:
+    if form < 0.06:
         return _compact({item.label: item.text for item in fields})
-    mark = rng.choice(("：", "：", "：", "：", ": ", "=", " - ", "｜"))
+    mark = rng.choice(("：", "：", "：", "：", "：", "：", ": ", "=", "｜"))
     left, right = rng.choice((("", ""), ("", ""), ("", ""), ("- ", ""), ("【", "】"), ("<", ">")))
     return rng.choice(("\n", "\n", "\n", "\n", "\n\n", "；\n")).join(
         f"{left}{item.label}{right}{mark}{item.text}" for item in fields
@@ -373,8 +401,8 @@ def _object(write: Writer, fields: list[Field], depth: int, size: int) -> tuple[
             else:
                 parts = [part]
                 if rng.random() < 0.3:
-                    more, other = _object(write, fields, depth + 1, rng.randint(1, 3))
-                    parts.append(other)
+                    more, second = _object(write, fields, depth + 1, rng.randint(1, 3))
+                    parts.append(second)
                     inner += "},{" + more
                 notes.append(f"{key}[{{{inner}}}]")
                 value[key] = parts
@@ -515,8 +543,8 @@ def _glossary_task(write: Writer, fields: list[Field]) -> tuple[str, str]:
 class Corpus:
     """The endless stream of documents as tokens, from one seed."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
-        self.tokenizer, self.rng = tokenizer, random.Random(seed)
+    def __init__(self, tokenizer: Tokenizer, seed: int, entangled: bool = False) -> None:
+        self.tokenizer, self.rng, self.entangled = tokenizer, random.Random(seed), entangled
         self.common = tiny.common_characters()
         self.ascii_tokens = sorted(
             token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha() and len(token) > 1
@@ -526,9 +554,9 @@ class Corpus:
         """Tokens and labels, -100 where nothing is learnt."""
         while True:
             limit = longest()
-            tokens, labels = self.encode(
-                document(self.rng, self.common, self.ascii_tokens, self.rng.randint(limit // 4, limit))
-            )
+            size = self.rng.randint(limit // 4, limit)
+            conversation = document(self.rng, self.common, self.ascii_tokens, size, self.entangled)
+            tokens, labels = self.encode(conversation)
             if len(tokens) <= limit * 1.2:
                 yield tokens, labels
 
@@ -577,8 +605,7 @@ def start_copying(model: Qwen2ForCausalLM, seed: int = 0) -> None:
     size = hidden // heads
     half = size // 2
     generator = torch.Generator().manual_seed(seed)
-    theta = config.rope_parameters["rope_theta"]
-    frequency = theta ** (-torch.arange(half).double() / half)
+    frequency = tiny.ROPE_THETA ** (-torch.arange(half).double() / half)
     slow = [place for place in range(half) if frequency[place] < 5e-4]
     basis = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator)).Q
     code = basis[:size]  # what a token looks like in the slots, `size` dimensions of it
@@ -639,8 +666,8 @@ def train(
     corpus: Corpus,
     *,
     positions: int,
-    batch_positions: int = 6144,
-    peak: float = 3e-3,
+    batch_positions: int = 3072,
+    peak: float = 1.5e-3,
     longest: int = 1000,
     device: str = "cpu",
     log_every: int = 50,
@@ -653,8 +680,10 @@ def train(
     )
     seen, losses, rights = 0, [], []
     began = time.perf_counter()
-    # Short documents first: finding and copying are learnt there at a third of the cost.
-    stream = batches(corpus, batch_positions, lambda: 260 if seen < 0.25 * positions else longest)
+    # Short documents first: finding and copying are learnt there at less cost.
+    stream = batches(
+        corpus, batch_positions, lambda: 260 if seen < 0.15 * positions and not corpus.entangled else longest
+    )
     while seen < positions:
         rows, learnt = next(stream)
         width = max(map(len, rows))
@@ -665,7 +694,7 @@ def train(
             group["lr"] = rate(seen / positions, peak)
         with torch.autocast(device, torch.bfloat16):
             loss, right = answer_loss(model, tokens, labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -685,10 +714,8 @@ def train(
 
 def save(model: Qwen2ForCausalLM, tokenizer: Any, folder: Path) -> None:
     """Weights in half precision, tokenizer, configuration: what `from_pretrained` reads."""
-    from transformers import GenerationConfig
-
     folder.mkdir(parents=True, exist_ok=True)
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.config.eos_token_id = tokenizer.eos_token_id
@@ -699,11 +726,15 @@ def save(model: Qwen2ForCausalLM, tokenizer: Any, folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mtgdm.student.warmup", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m mtgdm.student.warmup", description="Make the tiny base anew."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the new base")
-    parser.add_argument("--positions", type=float, default=20e6, help="tokens to train on, prompts included")
-    parser.add_argument("--batch-positions", type=int, default=6144)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--start", type=Path, help="go on from this base, not from new weights")
+    parser.add_argument("--entangled", action="store_true", help="records whose values share long pieces")
+    parser.add_argument("--positions", type=float, default=6e6, help="tokens to train on, prompts included")
+    parser.add_argument("--batch-positions", type=int, default=3072)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--longest", type=int, default=1000, help="about the longest document, in tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -712,12 +743,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(options.threads)
     tokenizer = tiny.build_tokenizer()
-    model = tiny.build_model(len(tokenizer), seed=options.seed)
-    start_copying(model, options.seed)
+    if options.start:
+        model = Qwen2ForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+    else:
+        model = tiny.build_model(len(tokenizer), seed=options.seed)
+        start_copying(model, options.seed)
     print(f"{model.num_parameters()} parameters, {len(tokenizer)} tokens, torch {torch.__version__}")
     train(
         model,
-        Corpus(tokenizer.backend_tokenizer, options.seed),
+        Corpus(tokenizer.backend_tokenizer, options.seed, options.entangled),
         positions=int(options.positions),
         batch_positions=options.batch_positions,
         peak=options.lr,
