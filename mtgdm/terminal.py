@@ -15,7 +15,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -46,9 +45,14 @@ class Terminal:
         """Whether progress is drawn in place; otherwise it is a line now and then."""
         return self._err.is_terminal
 
+    @property
+    def _lines(self) -> Console:
+        """Where lines go: standard output, or above the bars where those are drawn on the same terminal."""
+        return self._err if self._live is not None and self._out.is_terminal else self._out
+
     def print(self, text: str = "", *, style: str = "") -> None:
         """A line on standard output."""
-        self._out.print(Text(text, style=style))
+        self._lines.print(Text(text, style=style))
 
     def json(self, text: str) -> None:
         """JSON on standard output, byte for byte: no wrapping, no colour."""
@@ -76,7 +80,7 @@ class Terminal:
             )
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        self._out.print(table, soft_wrap=False)
+        self._lines.print(table, soft_wrap=False)
 
     @contextmanager
     def progress_view(self) -> Iterator[None]:
@@ -118,12 +122,11 @@ class Terminal:
             _Count(),
             _Rate(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _Left(),
             TextColumn("{task.fields[note]}", markup=False),
             console=self._err,
             refresh_per_second=4,
-            redirect_stdout=self._out.is_terminal,
+            redirect_stdout=False,
         )
 
 
@@ -214,6 +217,13 @@ class _Rate(ProgressColumn):
         elapsed_s = task.finished_time if task.finished else task.elapsed
         done = task.completed - task.fields["begun"]
         return Text(f"{_rounded(done / elapsed_s)} {task.fields['unit']}/s" if elapsed_s and done else "")
+
+
+class _Left(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        if task.finished or task.time_remaining is None:
+            return Text("")
+        return Text(f"{_clock(task.time_remaining)} left")
 
 
 def _rounded(rate: float) -> str:
