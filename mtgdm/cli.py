@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from mtgdm import __version__
 from mtgdm.errors import MtgdmError, UserError
@@ -20,6 +22,7 @@ from mtgdm.profiles import (
     Profile,
     Sourced,
     check_environment,
+    check_section,
     describe,
     load_profile,
     profile_files,
@@ -93,6 +96,10 @@ ProfileOption = Annotated[
         "--profile", "-p", metavar="NAME|FILE.yaml", help="The profile.", autocompletion=_complete_profile
     ),
 ]
+VerboseOption = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Show every setting with its source, and where errors come from."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 StageOption = Annotated[str | None, typer.Option(metavar="STAGE", autocompletion=_complete_stage)]
 
@@ -109,12 +116,7 @@ def _root(
         bool,
         typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit."),
     ] = False,
-    verbose: Annotated[
-        bool,
-        typer.Option(
-            "--verbose", "-v", help="Show every setting with its source, and where errors come from."
-        ),
-    ] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     if verbose:
         _terminal().verbose = True
@@ -147,6 +149,10 @@ def _add_stage(stage: Stage[Any], *, with_options: bool) -> None:
             "profile", inspect.Parameter.KEYWORD_ONLY, annotation=ProfileOption, default="default"
         )
     ]
+    verbose = inspect.Parameter(
+        "verbose", inspect.Parameter.KEYWORD_ONLY, annotation=VerboseOption, default=False
+    )
+    parameters.append(verbose)
     flags: dict[str, str] = {}
     descriptions = stage.config.descriptions() if with_options else {}
     for name, info in stage.config.model_fields.items() if with_options else ():
@@ -179,6 +185,8 @@ def _add_stage(stage: Stage[Any], *, with_options: bool) -> None:
         flags[f"{name}_"] = key
 
     def command(**values: Any) -> None:
+        if values["verbose"]:
+            _terminal().verbose = True
         given = {
             flags[name]: Sourced(value, f"--{flags[name].replace('_', '-')}")
             for name, value in values.items()
@@ -200,11 +208,13 @@ def _flag_type(annotation: Any) -> Any:
         return kind
     if kind in (bool, int, float, str, Path):
         return kind
-    return str if is_list(annotation) else None
+    if is_list(annotation) or not (isinstance(kind, type) and issubclass(kind, dict | BaseModel)):
+        return None if get_origin(kind) is dict else str
+    return None
 
 
 def _shown(default: Any) -> str | bool:
-    if default is None or default in ("", [], ()):
+    if default is PydanticUndefined or default is None or default in ("", [], ()):
         return False
     if isinstance(default, bool):
         return "on" if default else "off"
@@ -228,7 +238,10 @@ def _run_one(stage: Stage[Any], profile_name: str, flags: dict[str, Sourced]) ->
 def _load(name: str) -> Profile:
     registry = _registry()
     check_environment(registry.stages.values())
-    return load_profile(name, registry.sections)
+    profile = load_profile(name, registry.sections)
+    for stage in registry.stages.values():
+        check_section(stage, profile)  # a typo in `train:` is told before days of teaching, not after
+    return profile
 
 
 # --- the pipeline --------------------------------------------------------------------------------
@@ -245,8 +258,11 @@ def run_all(
         str | None, typer.Option("--to", metavar="STAGE", help="End here.", autocompletion=_complete_stage)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run every stage anew, up to date or not.")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Run the profile's pipeline in order; what is up to date is skipped."""
+    if verbose:
+        _terminal().verbose = True
     from mtgdm import pipeline
 
     loaded = _load(profile)
@@ -482,6 +498,8 @@ def _first_line(text: str) -> str:
 
 
 def _short(path: Path, profile: Profile) -> str:
+    if "*" in path.name:  # a file named by time that is not there yet
+        path = path.parent
     return str(path.relative_to(profile.workspace)) if path.is_relative_to(profile.workspace) else str(path)
 
 

@@ -152,6 +152,8 @@ def _teacher(profile: Profile, registry: Registry) -> Iterator[Finding]:
         return
     import asyncio
 
+    from mtgdm.teachers.seam import Refused, Retryable
+
     config = settings_for(registry.stage("teacher"), profile, {}).config
     name: str = getattr(config, "backend", "")
     try:
@@ -165,5 +167,10 @@ def _teacher(profile: Profile, registry: Registry) -> Iterator[Finding]:
         asyncio.run(check())
     except MtgdmError as error:
         yield Finding(state="wrong", what=f"teacher {name}", found=str(error), mend=error.hint or "")
+        return
+    except (Retryable, Refused) as error:
+        yield Finding(
+            state="wrong", what=f"teacher {name}", found=str(error), mend="mtgdm doctor, in a while"
+        )
         return
     yield Finding(state="ok", what=f"teacher {name}", found=backend.model or "ready")

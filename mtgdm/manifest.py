@@ -57,7 +57,7 @@ class SettingValue(BaseModel):
 class Manifest(BaseModel):
     """Everything that led to one output."""
 
-    model_config = ConfigDict(extra="forbid", defer_build=True)
+    model_config = ConfigDict(defer_build=True)  # a newer mtgdm may have written more
 
     stage: str
     output: FileState
@@ -76,26 +76,23 @@ class Manifest(BaseModel):
 def write(manifest: Manifest, output: Path) -> None:
     """Put the manifest beside its output."""
     with replace(manifest_path(output)) as file:
-        file.write(manifest.model_dump_json(indent=2).encode("utf-8") + b"\n")
+        text = json.dumps(manifest.model_dump(mode="json"), ensure_ascii=False, indent=2)
+        file.write(text.encode("utf-8", "backslashreplace") + b"\n")  # a path may hold bytes that are no text
 
 
 def read(output: Path) -> Manifest | None:
-    """The manifest of an output, or None where there is none."""
+    """The manifest of an output, or None where there is none that can be read."""
     path = manifest_path(output)
     try:
         return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
-    except ValidationError as error:
-        raise UserError(
-            "this manifest cannot be read",
-            where=path,
-            hint="delete it: the stage then counts as not finished",
-        ) from error
 
 
 def state(path: Path, workspace: Path, known: Iterable[FileState] = ()) -> FileState:
     """What a file or folder is now; the digest is taken from `known` where size and time have not changed."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError("a pipe or a device cannot be read twice: save it to a file first", where=path)
     name = relative(path, workspace)
     files = _files(path)
     stats = [file.stat() for file in files]

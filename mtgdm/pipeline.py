@@ -51,8 +51,11 @@ def run_stage(stage: Stage[Any], settings: Settings, profile: Profile, terminal:
         profile=profile.name,
         started=started,
     )
+    _refuse_same_path(config.inputs(), config.outputs(), workspace)
     before = _known(config.outputs())
     inputs = [manifest.state(path, workspace, before) for path in config.inputs() if path.exists()]
+    for output in config.outputs():
+        output.parent.mkdir(parents=True, exist_ok=True)
     context.log.info("mtgdm %s %s, profile %s", __version__, stage.name, profile.name)
     for key, setting in settings.values.items():
         context.log.info("%s = %s (%s)", key, setting.value, setting.source)
@@ -92,6 +95,16 @@ def run_stage(stage: Stage[Any], settings: Settings, profile: Profile, terminal:
     return result
 
 
+def _refuse_same_path(inputs: Sequence[Path], outputs: Sequence[Path], workspace: Path) -> None:
+    read = {path.resolve() for path in inputs}
+    for path in outputs:
+        if path.resolve() in read:
+            raise SettingError(
+                f"{manifest.relative(path, workspace)} would be read and written at once",
+                hint="name another file with --out",
+            )
+
+
 @contextmanager
 def locked(workspace: Path, command: str) -> Iterator[None]:
     """Hold the workspace; a second run is refused. The lock dies with the process, however it ends."""
@@ -104,8 +117,10 @@ def locked(workspace: Path, command: str) -> Iterator[None]:
         with FileLock(folder / "lock", timeout=0):
             with replace(holder) as file:
                 file.write(json.dumps({"pid": os.getpid(), "command": command}).encode("utf-8"))
-            yield
-            holder.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
     except Timeout as error:
         who = _holder(holder)
         raise UserError(

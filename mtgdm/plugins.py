@@ -27,11 +27,18 @@ class PluginError(MtgdmError):
 
 def find(group: str) -> dict[str, metadata.EntryPoint]:
     """The entry points of a group by name, ours first where two packages give the same name."""
-    points = sorted(metadata.entry_points(group=group), key=lambda point: _package(point)[0] != "mtgdm")
+    points = sorted(metadata.entry_points(group=group), key=lambda point: package_of(point)[0] != "mtgdm")
     found: dict[str, metadata.EntryPoint] = {}
     for point in points:
         found.setdefault(point.name, point)
     return found
+
+
+def shadowed(group: str) -> list[metadata.EntryPoint]:
+    """The entry points of a group whose name another package has, so that they are never reached."""
+    chosen = {(point.name, package_of(point)) for point in find(group).values()}
+    every = {(point.name, package_of(point)): point for point in metadata.entry_points(group=group)}
+    return [point for key, point in every.items() if key not in chosen]
 
 
 def load(point: metadata.EntryPoint) -> Plugin:
@@ -40,10 +47,10 @@ def load(point: metadata.EntryPoint) -> Plugin:
     Whatever a stranger's module raises while it is imported is the plugin's error, not ours: this is
     the one place where any Exception is caught, and it is shown with its type and text.
     """
-    package, version = _package(point)
+    package, version = package_of(point)
     try:
         value = point.load()
-    except Exception as error:  # noqa: BLE001 - a stranger's module may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger's module may raise anything
         return Plugin(point.name, package, version, point.value, error=f"{type(error).__name__}: {error}")
     return Plugin(point.name, package, version, point.value, value=value)
 
@@ -59,5 +66,6 @@ def named(group: str, name: str, kind: str) -> Any:
     return plugin.value
 
 
-def _package(point: metadata.EntryPoint) -> tuple[str, str]:
+def package_of(point: metadata.EntryPoint) -> tuple[str, str]:
+    """Name and version of the package an entry point comes from."""
     return (point.dist.name, point.dist.version) if point.dist is not None else ("?", "?")

@@ -104,7 +104,10 @@ def find_profile(name: str, beside: Path | None = None) -> Path:
         raise SettingError(
             f"there is no profile file {path}", hint="`mtgdm profiles` lists those that can be named"
         )
-    files = profile_files()
+    if beside is not None and beside.parent == shipped("configs"):
+        files = {path.stem: path for path in shipped("configs").glob("*.yaml")}
+    else:
+        files = profile_files()
     if beside is not None and beside.stem == name and beside.parent != shipped("configs"):
         # A profile of one's own may extend the shipped one of the same name.
         for ending in (".yaml", ".yml"):
@@ -240,6 +243,10 @@ def _plain(path: Path, node: yaml.Node) -> Any:
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         raise SettingError(f"not a plain value: {error.problem}", where=_place(path, node)) from error
+    except (ValueError, RecursionError) as error:
+        raise SettingError(
+            f"not a plain value: {error}", hint="quote it", where=_place(path, node)
+        ) from error
     finally:
         loader.dispose()
 
@@ -263,16 +270,9 @@ def settings_for(
     """
     from mtgdm.manifest import SettingValue
 
+    check_section(stage, profile)
     fields = keys_of(stage.config)
-    chosen: dict[str, Sourced] = {}
-    for key, sourced in profile.sections.get(stage.section, {}).items():
-        if key not in fields:
-            raise SettingError(
-                f"unknown key '{key}' in the section '{stage.section}'",
-                where=sourced.source,
-                hint=nearest(key, {*fields.values()}),
-            )
-        chosen[fields[key]] = sourced
+    chosen = {fields[key]: sourced for key, sourced in profile.sections.get(stage.section, {}).items()}
     chosen.update(_from_environment(stage, fields, environment))
     chosen.update(flags)
     config = _validate(stage, {key: sourced.value for key, sourced in chosen.items()}, chosen)
@@ -284,6 +284,18 @@ def settings_for(
             for key, value in values.items()
         },
     )
+
+
+def check_section(stage: Stage[Any], profile: Profile) -> None:
+    """SettingError for a key of the stage's section that is none of its settings."""
+    fields = keys_of(stage.config)
+    for key, sourced in profile.sections.get(stage.section, {}).items():
+        if key not in fields:
+            raise SettingError(
+                f"unknown key '{key}' in the section '{stage.section}'",
+                where=sourced.source,
+                hint=nearest(key, {*fields.values()}),
+            )
 
 
 def keys_of(config: type[StageConfig]) -> dict[str, str]:

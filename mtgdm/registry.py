@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mtgdm.errors import SettingError, nearest
-from mtgdm.plugins import Plugin, find, load
+from mtgdm.plugins import Plugin, find, load, package_of, shadowed
 from mtgdm.profiles import PIPELINE
 from mtgdm.stage import Stage
 
@@ -56,6 +56,10 @@ def discover() -> Registry:
         stage.name, stage.package = name, plugin.package
         registry.stages[name] = stage
         registry.plugins[name] = plugin
+    for point in shadowed(GROUP):
+        package, version = package_of(point)
+        taken = f"another package, {package_of(points[point.name])[0]}, has a stage of this name"
+        registry.broken.append(Plugin(point.name, package, version, point.value, error=taken))
     return registry
 
 
@@ -68,6 +72,8 @@ def _problem(name: str, value: Any) -> str | None:
         return f"the entry point names {type(value).__name__}, not a function under @stage"
     if name in RESERVED:
         return f"'{name}' is a command of mtgdm itself"
+    if "profile" in value.config.model_fields or "verbose" in value.config.model_fields:
+        return "a setting may not be called `profile` or `verbose`: every command has these flags"
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         return "a stage's name is made of a-z, 0-9 and -"
     return None

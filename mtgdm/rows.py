@@ -26,6 +26,7 @@ VAL_RATIO = 0.1
 TEST_RATIO = 0.1
 
 FSYNC_INTERVAL_S = 1.0
+_NO_ROOM = "make room on the disk, or write elsewhere; then run the same command again"
 _ROLES = frozenset({"system", "user", "assistant"})
 _ID_PREFIX = b'{"id": "'
 _ID_LENGTH = 24
@@ -179,8 +180,10 @@ def _row(path: Path, number: int, value: dict[str, Any]) -> Row:
         meta = {}
     if not isinstance(meta, dict):
         raise BadRow(path, number, f"`meta` is no object but {type(meta).__name__}")
+    identity = row_id(messages)
     given = value.pop("id", None)
-    identity = given if isinstance(given, str) and given else row_id(messages)
+    if given is not None and given != identity:
+        value["given_id"] = given  # another tool's, which may stand for other messages too
     return Row(identity, messages, meta, path, number, value)
 
 
@@ -221,31 +224,38 @@ def is_manifest(path: Path) -> bool:
 @contextmanager
 def replace(path: Path) -> Iterator[BinaryIO]:
     """A file to write beside `path` that takes its place, whole, when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise UserError("this is a folder, not a file", where=path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    place = _writable(path)
+    beside = place.with_name(f".{place.name}.tmp")  # what a kill leaves is overwritten by the next run
     try:
         with beside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         manifest_path(path).unlink(missing_ok=True)
-        Path(beside).replace(path)
+        beside.replace(place)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise UserError(f"cannot be written: {error.strerror}", where=path, hint=_NO_ROOM) from error
     finally:
         beside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_folder(place.parent)
 
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
     """A folder to fill beside `path` that takes its place, whole, when the block ends without an error.
 
-    A folder cannot be renamed over another: between two renames a kill can leave the old one aside,
-    as `.<name>.<process>.old`, but never a mixture.
+    A folder cannot be renamed over another: between two renames a kill can leave the old one aside, as
+    `.<name>.old`, but never a mixture. The next run puts it back and clears away what is half-made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside, aside = (path.with_name(f".{path.name}.{os.getpid()}.{ending}") for ending in ("tmp", "old"))
+    beside, aside = (path.with_name(f".{path.name}.{ending}") for ending in ("tmp", "old"))
+    if aside.exists() and not path.exists():
+        aside.rename(path)
+    for left in (beside, aside):
+        if left.exists():
+            shutil.rmtree(left)
     beside.mkdir()
     try:
         yield beside
@@ -257,6 +267,17 @@ def replace_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
     sync_folder(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _writable(path: Path) -> Path:
+    """Where a file really lies, with its folder made; UserError where it is no place for a file."""
+    path = path.resolve()  # a link stays a link, to a bigger disk perhaps
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise UserError("this is a folder, not a file", where=path)
+    if path.exists() and not path.is_file():
+        raise UserError("this is a device or a pipe, not a file", where=path)
+    return path
 
 
 def sync_folder(folder: Path) -> None:
@@ -287,12 +308,11 @@ class Journal:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._unsynced = False
+        self._failure: UserError | None = None
         self._appended = False
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_dir():
-            raise UserError("this is a folder, not a file", where=self.path)
+        _writable(self.path)
         if self.path.exists():
             self._repair_tail()
             self._scan()
@@ -308,13 +328,17 @@ class Journal:
     ) -> None:
         self._closing.set()
         self._syncer.join()
-        self._sync()
-        self._file.close()
+        try:
+            self._sync()
+        finally:
+            self._file.close()
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row; its first key must be `id`, which the next start reads without parsing the line."""
         if next(iter(row)) != "id":
             raise ValueError("the first key of a journal row is its id")
+        if self._failure is not None:
+            raise self._failure
         line = encode(row)
         with self._lock:
             if not self._appended:
@@ -359,14 +383,23 @@ class Journal:
 
     def _sync_regularly(self) -> None:
         while not self._closing.wait(FSYNC_INTERVAL_S):
-            self._sync()
+            try:
+                self._sync()
+            except UserError:
+                return  # kept: the next append raises it
 
     def _sync(self) -> None:
         with self._lock:
             if not self._unsynced:
                 return
             self._unsynced = False
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._failure = UserError(
+                f"cannot be made durable: {error.strerror}", where=self.path, hint=_NO_ROOM
+            )
+            raise self._failure from error
 
 
 def _line_id(path: Path, number: int, line: bytes) -> str:
@@ -399,7 +432,8 @@ def put_in_order(path: Path, ids: Iterable[str]) -> None:
     order.update(dict.fromkeys(offsets))
     if lines == len(order) and list(order) == list(offsets):
         return
-    with path.open("rb") as source, replace(path) as target:
+    # The source is closed before the replacement takes its place: Windows renames over no open file.
+    with replace(path) as target, path.open("rb") as source:
         for identity in order:
             start, length = offsets[identity]
             source.seek(start)

@@ -235,7 +235,7 @@ class Context:
     def log(self) -> logging.Logger:
         """The run's log file, made at the first use."""
         logger = logging.Logger(f"mtgdm.{self.stage}", logging.DEBUG)
-        handler = logging.FileHandler(self.log_path(".log"), encoding="utf-8")
+        handler = logging.FileHandler(self.log_path(".log"), encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         return logger

@@ -145,3 +145,26 @@ def test_a_workspace_of_its_own_holds_everything(mtgdm: CommandLine) -> None:
     assert mtgdm("all", "--profile", "mine").code == 0
     assert len(read_rows(folder / "elsewhere/data/teacher.jsonl")) == 3
     assert not (folder / "data").exists()
+
+
+def test_an_output_may_not_be_an_input(mtgdm: CommandLine) -> None:
+    folder = workspace(mtgdm)
+    before = (folder / "spots.jsonl").read_bytes()
+    ran = mtgdm("prompts", "--spots", "spots.jsonl", "--out", "spots.jsonl")
+    assert (ran.code, "read and written at once" in ran.err) == (2, True)
+    assert (folder / "spots.jsonl").read_bytes() == before
+
+
+def test_a_damaged_manifest_is_no_manifest(mtgdm: CommandLine) -> None:
+    folder = workspace(mtgdm)
+    mtgdm("prompts", "--profile", "mine")
+    manifest_path(folder / "data/prompts.jsonl").write_text("{", encoding="utf-8")
+    assert states(mtgdm)["prompts"][0] == "partial"
+    assert mtgdm("all", "--profile", "mine").code == 0
+
+
+def test_strict_counts_in_all_too(mtgdm: CommandLine) -> None:
+    folder = workspace(mtgdm)
+    mtgdm("all", "--profile", "mine")
+    write_lines(folder / "configs/mine.yaml", PROFILE + "  strict: true")
+    assert states(mtgdm)["teacher"] == ("stale", "strict changed: False → True")

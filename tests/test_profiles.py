@@ -81,6 +81,7 @@ def test_a_profile_of_ones_own_may_extend_the_shipped_one_of_its_name(mtgdm: Com
         ("prompts: 3\n", "mine.yaml:1", "mapping"),
         ("- 1\n", "mine.yaml:1", "mapping"),
         ("prompts:\n  limit: [1\n", "mine.yaml", "not YAML"),
+        ("description: 2024-13-45\n", "mine.yaml:1", "not a plain value"),
         ("a: &x 1\nextends: nothing\n", "mine.yaml:2", "no profile 'nothing'"),
         ("extends: mine.yaml\n", "mine.yaml", "extends itself"),
         ("workspace: 3\n", "mine.yaml:1", "`workspace` is a text"),
@@ -98,6 +99,18 @@ def test_what_is_wrong_in_a_profile_is_named_with_its_line(
     assert place in ran.err
     assert said in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_typo_in_another_stages_section_stops_every_command(mtgdm: CommandLine) -> None:
+    a_profile(mtgdm.folder, "train:\n  epocks: 6\n")
+    ran = mtgdm("prompts", "--profile", "mine")
+    assert (ran.code, "mine.yaml:2" in ran.err, "'epochs'" in ran.err) == (2, True, True)
+
+
+def test_a_default_of_ones_own_may_extend_a_shipped_profile(mtgdm: CommandLine) -> None:
+    a_profile(mtgdm.folder, "extends: quickstart\nprompts:\n  limit: 2\n", name="default")
+    ran = mtgdm("config", "show", "teacher", "--json")
+    assert ran.json["teacher"]["backend"]["value"] == "offline", ran.err
 
 
 def test_a_pipeline_with_an_unknown_stage_is_refused_before_anything_runs(mtgdm: CommandLine) -> None:

@@ -106,6 +106,12 @@ def test_prompts_and_answers_are_told_apart(tmp_path: Path) -> None:
     assert (row.answer, row.prompt, row.type) == ("在杭州。", PROMPT, None)
 
 
+def test_the_id_of_another_tool_is_kept_aside_and_never_trusted(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", {"id": "1", "messages": PROMPT})
+    (row,) = rows.read_rows(path)
+    assert (row.id, row.rest) == (EXPECTED, {"given_id": "1"})
+
+
 def test_rows_without_a_split_get_it_from_their_spot(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "old.jsonl", *({"messages": ANSWERED, "meta": {"spot": f"景{n}"}} for n in range(50))
@@ -127,6 +133,36 @@ def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_kill_left_half_made_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / ".out.jsonl.tmp").write_text("half", encoding="utf-8")
+    with rows.replace(tmp_path / "out.jsonl") as file:
+        file.write(b"new")
+    folder = tmp_path / "package"
+    (tmp_path / ".package.tmp/deep").mkdir(parents=True)
+    (tmp_path / ".package.old").mkdir()
+    (tmp_path / ".package.old/kept").touch()
+    with pytest.raises(RuntimeError), rows.replace_folder(folder):
+        raise RuntimeError
+    assert (folder / "kept").exists(), "killed between two renames, the old one comes back"
+    with rows.replace_folder(folder) as beside:
+        (beside / "new").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "package"}
+    assert [path.name for path in folder.iterdir()] == ["new"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_a_link_stays_a_link_and_a_device_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "out.jsonl"
+    link.symlink_to(tmp_path / "disk/out.jsonl")
+    with rows.replace(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert (tmp_path / "disk/out.jsonl").read_bytes() == b"new"
+    with pytest.raises(UserError, match="device or a pipe"), rows.replace(Path("/dev/null")):
+        pass
 
 
 def test_replacing_takes_the_manifest_away_first(tmp_path: Path) -> None:

@@ -159,3 +159,20 @@ def test_no_server_is_one_line(mtgdm: CommandLine) -> None:
     assert (ran.code, "no OpenAI-compatible server answers" in ran.err) == (1, True), ran.err
     assert "Traceback" not in ran.err
     assert not (mtgdm.folder / "data/teacher.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("localhost:8000", "http://localhost:8000/v1/chat/completions"),
+        ("http://localhost:8000/v1/", "http://localhost:8000/v1/chat/completions"),
+        ("https://host/api/v3", "https://host/api/v3/chat/completions"),
+        ("https://host/v1beta/openai/chat/completions", "https://host/v1beta/openai/chat/completions"),
+    ],
+)
+def test_an_address_with_a_path_is_taken_as_given(given: str, asked: str) -> None:
+    def respond(request: httpx.Request) -> httpx.Response:
+        assert str(request.url) == asked
+        return httpx.Response(200, json=reply())
+
+    ask(respond, url=given)

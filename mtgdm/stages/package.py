@@ -54,7 +54,7 @@ class PackageConfig(StageConfig):
     def outputs(self) -> list[Path]:
         """The student's folder."""
         checkpoint = self.model or newest_checkpoint(self.checkpoints)
-        return [self.out / self.student(checkpoint)] if checkpoint else [self.out / "student"]
+        return [self.out / self.student(checkpoint)] if checkpoint else [self.out / "*"]
 
     def student(self, checkpoint: Path) -> str:
         """The student's name."""

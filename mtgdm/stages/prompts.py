@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mtgdm import rows
 from mtgdm.domain import Record
-from mtgdm.errors import BadRow, SettingError, UserError
+from mtgdm.errors import BadRow, UserError
 from mtgdm.stage import Context, Input, Output, Result, StageConfig, stage
 
 SHOWN_BAD_LINES = 5
@@ -37,6 +37,14 @@ class PromptsConfig(StageConfig):
     seed: int = rows.SPLIT_SEED
     """Seed of the hash that puts a spot into its split."""
 
+    @model_validator(mode="after")
+    def _leave_some_to_train_on(self) -> Self:
+        if self.val_ratio + self.test_ratio >= 1:
+            raise ValueError(
+                f"val_ratio {self.val_ratio} and test_ratio {self.test_ratio} leave nothing to train on"
+            )
+        return self
+
     def estimate(self) -> dict[str, Any]:
         """How many records there are to read."""
         if not self.spots.is_file():
@@ -48,8 +56,6 @@ class PromptsConfig(StageConfig):
 @stage
 def run(config: PromptsConfig, context: Context) -> Result:
     """Build the prompts: spot records in, three prompts a spot out, each in its split."""
-    if config.val_ratio + config.test_ratio >= 1:
-        raise SettingError("val_ratio and test_ratio leave nothing to train on")
     skipped: list[BadRow] = []
 
     def on_bad(bad: BadRow) -> None:

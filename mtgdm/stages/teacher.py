@@ -46,7 +46,7 @@ class TeacherConfig(TeacherSettings):
     """First read the whole output and compare it with the prompts, row by row."""
     retry_rejected: Annotated[bool, Runtime()] = False
     """Ask again for the rows an earlier run rejected."""
-    strict: Annotated[bool, Runtime()] = False
+    strict: bool = False
     """End with exit code 1 when any row is rejected."""
 
     def outputs(self) -> list[Path]:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mtgdm.errors import BadRow, UserError
-from mtgdm.rows import Journal, Row, encode, manifest_path, put_in_order, read_rows, replace, row_id
+from mtgdm.rows import Journal, Row, encode, manifest_path, put_in_order, read_rows, replace
 
 _FINGERPRINT = b'"teacher": {"fingerprint": "'
 """How `meta.teacher` begins in our rows. Quotes inside a text are escaped, so this is never part of one."""
@@ -204,17 +204,15 @@ class Ledger:
     def verify(self, prompts: Prompts) -> None:
         """Read the whole output and compare it with the prompts; BadRow at the first row that does not fit.
 
-        Rows are matched by id, which files of the original pipeline get from their messages.
+        Rows are matched by their messages, as their ids are: a row whose own id is another was changed.
         """
-        # Only ids that are not made from the messages need a second look into the prompts file.
-        given = {row.id: row_id(row.prompt) for row in prompts.rows() if row_id(row.prompt) != row.id}
         lines: dict[str, int] = {}
         hint = "start anew with --overwrite, or write elsewhere with --out FILE"
         for row in read_rows(self.out, answered=True):
+            if row.rest.get("given_id") in prompts.ids:
+                raise row.bad("the messages are not those of its prompt", hint=hint)
             if row.id not in prompts.ids:
                 raise row.bad(f"this row answers no prompt of {prompts.path}", hint=hint)
-            if given.get(row.id, row.id) != row_id(row.prompt):
-                raise row.bad("the messages are not those of its prompt", hint=hint)
             if row.id in lines:
                 raise row.bad(f"this prompt is already answered in line {lines[row.id]}", hint=hint)
             lines[row.id] = row.line

@@ -32,9 +32,9 @@ class Ollama(ServerBackend):
     async def check(self) -> None:
         """Ask whether the server is there and has the model."""
         response = await self._ask("POST", "/api/show", {"model": self.model}, check=True)
-        if response.status_code == 404 and not speaks_of_the_model(response):
-            return  # a proxy may pass /api/chat alone: the first question will tell
-        self._raise_for(response)
+        if response.status_code == 404 and speaks_of_the_model(response):
+            raise self._missing_model()
+        # Anything else is left to the first question: a proxy may pass /api/chat alone.
 
     async def answer(
         self, messages: Sequence[Message], contract: type[BaseModel] | None, options: Options

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import httpx
     from pydantic import BaseModel
 
-    from mtgdm.domain import Message
+    from mtgdm.domain import Domain, Message
+    from mtgdm.teachers.seam import TeacherSettings
 
 _SCHEMA_WORDS = ("response_format", "json_schema", "guided", "grammar", "schema")
 
@@ -24,14 +25,21 @@ class OpenAI(ServerBackend):
 
     kind: ClassVar[str] = "OpenAI-compatible"
     start_hint: ClassVar[str] = "start it, or name it with --url http://HOST:PORT/v1"
-    paths: ClassVar[tuple[str, ...]] = ("/chat/completions", "/v1")
+    paths: ClassVar[tuple[str, ...]] = ("/chat/completions",)
+
+    def __init__(
+        self, settings: TeacherSettings, domain: Domain, *, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        super().__init__(settings, domain, transport=transport)
+        if "/" not in self._url.partition("://")[2]:
+            self._url += "/v1"  # other paths (/api/v3, /v1beta/openai) are taken as they are given
 
     _takes_schemas = True
     """Whether `response_format` may be sent; a server that cannot hold to a schema says so."""
 
     async def check(self) -> None:
         """Ask whether the server is there and takes the key; not every server can list its models."""
-        response = await self._ask("GET", "/v1/models", check=True)
+        response = await self._ask("GET", "/models", check=True)
         if response.status_code in (401, 403):
             self._raise_for(response)
 
@@ -41,7 +49,7 @@ class OpenAI(ServerBackend):
         """Ask once; without schemas where the server refuses them, since answers are checked here anyway."""
         started = time.monotonic()
         request = self._request(messages, contract, options)
-        response = await self._ask("POST", "/v1/chat/completions", request)
+        response = await self._ask("POST", "/chat/completions", request)
         if "response_format" in request and _refuses_schemas(response):
             self._takes_schemas = False
             return await self.answer(messages, contract, options)
@@ -69,7 +77,7 @@ class OpenAI(ServerBackend):
     def _missing_model(self) -> Unavailable:
         return Unavailable(
             f"the server at {self._url} does not serve the model '{self.model}'",
-            hint=f"{self._url}/v1/models lists what it serves; name it with --model",
+            hint=f"{self._url}/models lists what it serves; name it with --model",
         )
 
     def _raise_unavailable(self, status: int, text: str) -> NoReturn:
