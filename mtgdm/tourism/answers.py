@@ -156,9 +156,9 @@ def chinese(facts: Mapping[str, Any]) -> str:
 def english_text(facts: Mapping[str, Any]) -> str:
     """The English paragraph: what the record gives in figures and in words that have a known translation."""
     names = (facts.get("name_en"), facts["name"])
-    name = next((name for name in names if name and _LATIN_NAME.fullmatch(name)), "This attraction")
+    name = next((name for name in names if name and _LATIN_NAME.fullmatch(name)), "this attraction")
     province = english.province(facts.get("province"))
-    where = f"is in {province}" if province else "is at a place that is not recorded"
+    where = f"in {province}" if province else "at a place that is not recorded"
     if facts.get("lat") is not None and facts.get("lon") is not None:
         where += f" ({facts['lat']}, {facts['lon']})"
     marks = []
@@ -174,7 +174,7 @@ def english_text(facts: Mapping[str, Any]) -> str:
     travel = english.listed(english.travel(ways)) or ("told above in Chinese" if ways else "not recorded")
     season = english.season(facts.get("best_season"))
     return (
-        f"{name} {where}{rating}. "
+        f"Welcome to {name} {where}{rating}. "
         f"History and culture: {subjects}. "
         f"Transport: {travel}. "
         f"Best season: {season or 'not recorded'}. "

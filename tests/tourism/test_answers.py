@@ -101,7 +101,7 @@ def test_the_guide_is_chinese_then_english_with_what_is_known(sample: list[Recor
     assert chinese.startswith("故宫博物院位于北京市。历史上，")
     assert "最佳季节是春季、秋季。" in chinese
     assert english == (
-        "The Palace Museum (Forbidden City) is in Beijing (39.916, 116.391), rated 5A in 2007 and listed as "
+        "Welcome to The Palace Museum (Forbidden City) in Beijing (39.916, 116.391), rated 5A in 2007 and listed as "
         "World Heritage. History and culture: historic architecture, museum; told above in Chinese. "
         "Transport: metro. Best season: spring and autumn. Advice: check opening hours and prices first."
     )
@@ -112,7 +112,7 @@ def test_words_without_a_known_translation_are_left_out_of_the_english(
 ) -> None:
     spot = {**SPOT, "types": ["某种类型"], "best_season": "某时", "province": "某省", "name_en": None}
     _, english = tourism.answer(facts_of(read_spots, spot), "bilingual").split("\n")
-    assert english.startswith("This attraction is at a place that is not recorded")
+    assert english.startswith("Welcome to this attraction at a place that is not recorded")
     assert "Best season: not recorded." in english
     assert "某" not in english
 
