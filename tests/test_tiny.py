@@ -72,7 +72,7 @@ def test_no_token_holds_a_chinese_character_and_something_else(tokenizer: PreTra
 
 def test_a_copied_text_has_the_same_tokens_wherever_it_stands(tokenizer: PreTrainedTokenizerFast) -> None:
     rng = random.Random(0)
-    write = warmup.Writer(rng, tiny.common_characters(), ["town", "Lake"], entangled=True)
+    write = warmup.Writer(rng, tiny.common_characters(), ["town", "Lake"], entangled=2)
     for _ in range(200):
         text = rng.choice([write.title(), write.sentence(), write.english()])
         ids = tokenizer(text).input_ids

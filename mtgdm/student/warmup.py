@@ -104,8 +104,9 @@ class Writer:
     """Random text of one document: its characters, its words, and a name that other texts share pieces of."""
 
     def __init__(
-        self, rng: random.Random, common: list[str], ascii_tokens: list[str], entangled: bool
+        self, rng: random.Random, common: list[str], ascii_tokens: list[str], entangled: int
     ) -> None:
+        self.entangled = entangled
         self.numbers: list[str] = []
         self.phrases: list[str] = []
         self.rng, self.common, self.ascii_tokens = rng, common, ascii_tokens
@@ -120,6 +121,10 @@ class Writer:
             self.numbers = [self.digits() for _ in range(3)]
             self.numbers += [number[:-1] + rng.choice(string.digits) for number in self.numbers]
             self.phrases = [self._phrase() for _ in range(rng.randint(3, 8))]
+        if entangled > 1:
+            self.phrases += [self._fork(rng.choice(self.phrases)) for _ in range(3)]
+            stem = self.clause()
+            self.phrases += [self._fork(stem) for _ in range(rng.randint(1, 3))]
 
     def _phrase(self) -> str:
         form = self.rng.random()
@@ -128,6 +133,10 @@ class Writer:
         if form < 0.6:
             return self.fragment() + self.han(self.rng.randint(1, 2))
         return self.han(self.rng.randint(2, 8))
+
+    def _fork(self, text: str) -> str:
+        """A text that begins like another one and goes on otherwise."""
+        return text[: self.rng.randint(1, len(text))] + self.han(self.rng.randint(1, 4))
 
     def han(self, length: int) -> str:
         """Characters, some of them rare, some of them so frequent that they say nothing of the place."""
@@ -237,6 +246,9 @@ class Writer:
     def value(self) -> tuple[str, str]:
         """The kind of a value and its text."""
         rng = self.rng
+        if self.entangled > 1 and rng.random() < 0.12:
+            place = rng.choice(list(_GLOSSARY)[:34]) + rng.choice(_SUFFIX)
+            return rng.choice((("word", self.english()), ("word", self.english()), ("glossary", place)))
         form = rng.random()
         if form < 0.4:
             return "text", "".join(self.sentence() for _ in range(rng.choice((1, 1, 1, 2, 2, 3))))
@@ -284,11 +296,12 @@ class Document:
 
 
 def document(
-    rng: random.Random, common: list[str], ascii_tokens: list[str], longest: int, entangled: bool = False
+    rng: random.Random, common: list[str], ascii_tokens: list[str], longest: int, entangled: int = 0
 ) -> Document:
     """A random record and the tasks on it, of about `longest` characters at most.
 
-    `entangled` records repeat long pieces: whoever copies one has to remember where it began.
+    `entangled` records repeat pieces, so whoever copies one has to remember where it began: 1 repeats words and
+    numbers, 2 has longer texts too that begin alike, and more texts that join Chinese and English.
     """
     write = Writer(rng, common, ascii_tokens, entangled)
     fields = _record(write, rng.randint(2, 14), longest * 0.5)
@@ -358,6 +371,8 @@ def _shown(rng: random.Random, fields: list[Field]) -> str:
 
 
 def _task(write: Writer, fields: list[Field]) -> tuple[str, str]:
+    if write.entangled > 1 and write.rng.random() < 0.25:
+        return _prose_task(write, fields)
     form = write.rng.random()
     if form < 0.62:
         return _json_task(write, fields)
@@ -496,6 +511,9 @@ def _prose_task(write: Writer, fields: list[Field]) -> tuple[str, str]:
             if english
             else rng.choice(("，", "。", "；", "\n", ""))
         )
+        if write.entangled > 1 and rng.random() < 0.4:
+            joint = ""
+            end = rng.choice((end, "\n", "。\n"))
         text, slot = item.text, item.label
         translated = _english_of(item)
         if translated and english and rng.random() < 0.9:
@@ -543,7 +561,7 @@ def _glossary_task(write: Writer, fields: list[Field]) -> tuple[str, str]:
 class Corpus:
     """The endless stream of documents as tokens, from one seed."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int, entangled: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, seed: int, entangled: int = 0) -> None:
         self.tokenizer, self.rng, self.entangled = tokenizer, random.Random(seed), entangled
         self.common = tiny.common_characters()
         self.ascii_tokens = sorted(
@@ -731,7 +749,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the new base")
     parser.add_argument("--start", type=Path, help="go on from this base, not from new weights")
-    parser.add_argument("--entangled", action="store_true", help="records whose values share long pieces")
+    parser.add_argument(
+        "--entangled", type=int, default=0, help="0, 1 or 2: how much the values of a record share"
+    )
     parser.add_argument("--positions", type=float, default=6e6, help="tokens to train on, prompts included")
     parser.add_argument("--batch-positions", type=int, default=3072)
     parser.add_argument("--lr", type=float, default=1.5e-3)
