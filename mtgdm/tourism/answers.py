@@ -137,9 +137,7 @@ def bilingual(facts: Mapping[str, Any]) -> str:
 
 def chinese(facts: Mapping[str, Any]) -> str:
     """The Chinese paragraph: history, culture, transport, season, advice, in the record's own sentences."""
-    place = _place(facts)
-    where = f"位于{place}" if place else "的位置未知"
-    parts = [f"{facts['name']}{where}。"]
+    parts = [f"{facts['name']}{_where(facts)}。"]
     for opening, subject, texts in (
         ("历史上，", "历史", _history(facts)),
         ("文化方面，", "文化", _culture(facts)),
@@ -210,9 +208,13 @@ def _all_sentences(facts: Mapping[str, Any], subject: str) -> list[str]:
     return [sentence for text in texts_on(facts, subject) for sentence in sentences(text)]
 
 
-def _place(facts: Mapping[str, Any]) -> str:
+def _where(facts: Mapping[str, Any]) -> str:
     province, city = facts.get("province") or "", facts.get("city") or ""
-    return city if city.startswith(province) else province + city
+    if not province and not city:
+        return "的位置未知"
+    if not province or not city or city.startswith(province):
+        return f"位于{city or province}"
+    return f"位于{province}，在{city}境内"
 
 
 def _titled(detail: Detail) -> tuple[str, str]:
