@@ -3,12 +3,13 @@ from __future__ import annotations
 import random
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mtgdm.errors import BadRow
 from mtgdm.shipped import shipped
 from mtgdm.student import tiny, warmup
 from mtgdm.tourism.domain import Tourism
@@ -33,7 +34,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def sample_texts() -> list[str]:
     domain = Tourism()
     texts = []
-    for record in domain.read(shipped("data/sample/spots.jsonl"), pytest.fail):
+
+    def refuse(bad: BadRow) -> None:
+        raise bad
+
+    for record in domain.read(shipped("data/sample/spots.jsonl"), refuse):
         for prompt in domain.prompts(record):
             texts += [message["content"] for message in prompt.messages]
             texts.append(domain.answer(record.facts, prompt.type))
@@ -107,12 +112,14 @@ def test_the_chat_template_adds_no_system_prompt(tokenizer: PreTrainedTokenizerF
 
 def test_the_shipped_base_is_small_and_generates() -> None:
     assert (tiny.TINY_BASE / "model.safetensors").stat().st_size < 5 * 2**20
-    model = AutoModelForCausalLM.from_pretrained(tiny.TINY_BASE, dtype=torch.float32, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        tiny.TINY_BASE, dtype=torch.float32, local_files_only=True
+    )
     loaded = AutoTokenizer.from_pretrained(tiny.TINY_BASE, local_files_only=True)
     assert model.config.model_type == "qwen2"
     assert model.config.max_position_embeddings == tiny.MAX_POSITIONS
     messages = [{"role": "user", "content": "资料：\n颜色：棣蓝旧窗\n型号：K29\n任务：输出JSON。color,model"}]
-    prompt = loaded.apply_chat_template(
+    prompt: Any = loaded.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     answer = model.generate(**prompt, max_new_tokens=40)[0, prompt["input_ids"].shape[1] :]
@@ -162,7 +169,7 @@ def test_only_answers_and_their_end_are_learnt(tokenizer: PreTrainedTokenizerFas
     messages = [{"role": "system", "content": "静。"}]
     for question, answer in conversation.turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    assert tokenizer.decode(tokens) + "\n" == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert f"{tokenizer.decode(tokens)}\n" == tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode([label for label in labels if label != -100]) == "乙。<|im_end|>丁。<|im_end|>"
 
 

@@ -278,13 +278,14 @@ def _texts(outputs: Path, rows: Sequence[EvalRow]) -> dict[str, Example]:
     found: dict[str, Example] = {}
     with suppress(BadRow):  # a kill cut the last line off: what stands before it counts
         for row in read_rows(outputs):
-            asked = wanted.get(row.id)
+            identity = row.rest.get("given_id", row.id)  # as the metrics name it
+            asked = wanted.get(identity)
             output, metrics = row.rest.get("output"), row.rest.get("metrics")
             if asked is None or not isinstance(output, str) or metrics != asked.student:
                 continue
             base = row.rest.get("base_output")
             model = (row.meta.get("eval") or {}).get("model")
-            found[row.id] = Example(
+            found[identity] = Example(
                 prompt="\n\n".join(message["content"] for message in row.prompt),
                 reference=str(row.rest.get("reference") or ""),
                 output=output,
