@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -27,18 +28,18 @@ class PluginError(MtgdmError):
 
 def find(group: str) -> dict[str, metadata.EntryPoint]:
     """The entry points of a group by name, ours first where two packages give the same name."""
-    points = sorted(metadata.entry_points(group=group), key=lambda point: package_of(point)[0] != "mtgdm")
-    found: dict[str, metadata.EntryPoint] = {}
-    for point in points:
-        found.setdefault(point.name, point)
-    return found
+    return survey(group)[0]
 
 
-def shadowed(group: str) -> list[metadata.EntryPoint]:
-    """The entry points of a group whose name another package has, so that they are never reached."""
-    chosen = {(point.name, package_of(point)) for point in find(group).values()}
+def survey(group: str) -> tuple[dict[str, metadata.EntryPoint], list[metadata.EntryPoint]]:
+    """The entry points of a group by name, and those that are never reached, for another has their name."""
     every = {(point.name, package_of(point)): point for point in metadata.entry_points(group=group)}
-    return [point for key, point in every.items() if key not in chosen]
+    chosen: dict[str, metadata.EntryPoint] = {}
+    shadowed: list[metadata.EntryPoint] = []
+    for point in sorted(every.values(), key=lambda point: package_of(point)[0] != "mtgdm"):
+        if chosen.setdefault(point.name, point) is not point:
+            shadowed.append(point)
+    return chosen, shadowed
 
 
 def load(point: metadata.EntryPoint) -> Plugin:
@@ -68,4 +69,10 @@ def named(group: str, name: str, kind: str) -> Any:
 
 def package_of(point: metadata.EntryPoint) -> tuple[str, str]:
     """Name and version of the package an entry point comes from."""
-    return (point.dist.name, point.dist.version) if point.dist is not None else ("?", "?")
+    return _name_and_version(point.dist) if point.dist is not None else ("?", "?")
+
+
+@cache
+def _name_and_version(package: metadata.Distribution) -> tuple[str, str]:
+    # Each look at a name parses the package's METADATA, its README included.
+    return package.name, package.version

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mtgdm.errors import SettingError, nearest
-from mtgdm.plugins import Plugin, find, load, package_of, shadowed
+from mtgdm.plugins import Plugin, load, package_of, survey
 from mtgdm.profiles import PIPELINE
 from mtgdm.stage import Stage
 
@@ -45,7 +45,7 @@ class Registry:
 def discover() -> Registry:
     """Load every stage that an installed package registers."""
     registry = Registry()
-    points = find(GROUP)
+    points, shadowed = survey(GROUP)
     for name in sorted(points, key=_place):
         plugin = load(points[name])
         problem = plugin.error or _problem(name, plugin.value)
@@ -56,7 +56,7 @@ def discover() -> Registry:
         stage.name, stage.package = name, plugin.package
         registry.stages[name] = stage
         registry.plugins[name] = plugin
-    for point in shadowed(GROUP):
+    for point in shadowed:
         package, version = package_of(point)
         taken = f"another package, {package_of(points[point.name])[0]}, has a stage of this name"
         registry.broken.append(Plugin(point.name, package, version, point.value, error=taken))
