@@ -56,6 +56,7 @@ count = "shout_plugin:count"
 broken = "shout_plugin.missing:run"
 status = "shout_plugin:run"
 plain = "shout_plugin:SHOUT_TEXT"
+leaves = "shout_leaves:run"
 """
 
 
@@ -64,8 +65,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plugin built and installed by pip into a folder of its own."""
     source = tmp_path_factory.mktemp("source")
     (source / "shout_plugin.py").write_text(f"{SHOUT}\nSHOUT_TEXT = 'x'\n", encoding="utf-8")
+    (source / "shout_leaves.py").write_text("import sys\nsys.exit(3)\n", encoding="utf-8")
     (source / "pyproject.toml").write_text(
-        PROJECT + '[tool.hatch.build.targets.wheel]\nonly-include = ["shout_plugin.py"]\n', encoding="utf-8"
+        PROJECT + '[tool.hatch.build.targets.wheel]\nonly-include = ["shout_plugin.py", "shout_leaves.py"]\n',
+        encoding="utf-8",
     )
     target = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
@@ -120,7 +123,8 @@ def test_a_broken_one_is_a_warning_line_and_the_rest_works(with_plugin: CommandL
     ran = with_plugin("shout")
     assert (ran.code, ran.out) == (0, "HELLO!\n")
     warnings = [line for line in ran.err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 3
+    assert len(warnings) == 4
+    assert any("'leaves' of shout-plugin" in line and "SystemExit" in line for line in warnings)
     assert any("'broken' of shout-plugin" in line and "ModuleNotFoundError" in line for line in warnings)
     assert any("'status' is a command of mtgdm itself" in line for line in warnings)
     assert any(
