@@ -90,6 +90,11 @@ def _complete_stage(incomplete: str) -> Iterator[tuple[str, str]]:
             yield name, _first_line(stage.help)
 
 
+def _be_verbose(wanted: bool) -> None:
+    if wanted:
+        _terminal().verbose = True
+
+
 ProfileOption = Annotated[
     str,
     typer.Option(
@@ -98,10 +103,14 @@ ProfileOption = Annotated[
 ]
 VerboseOption = Annotated[
     bool,
-    typer.Option("--verbose", "-v", help="Show every setting with its source, and where errors come from."),
+    typer.Option(
+        "--verbose",
+        "-v",
+        callback=_be_verbose,
+        help="Show every setting with its source, and where errors come from.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-StageOption = Annotated[str | None, typer.Option(metavar="STAGE", autocompletion=_complete_stage)]
 
 
 def _print_version(wanted: bool) -> None:
@@ -118,8 +127,7 @@ def _root(
     ] = False,
     verbose: VerboseOption = False,
 ) -> None:
-    if verbose:
-        _terminal().verbose = True
+    """Options of every command; their callbacks have done what they ask for."""
 
 
 # --- a command a stage ---------------------------------------------------------------------------
@@ -147,12 +155,9 @@ def _add_stage(stage: Stage[Any], *, with_options: bool) -> None:
     parameters = [
         inspect.Parameter(
             "profile", inspect.Parameter.KEYWORD_ONLY, annotation=ProfileOption, default="default"
-        )
+        ),
+        inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, annotation=VerboseOption, default=False),
     ]
-    verbose = inspect.Parameter(
-        "verbose", inspect.Parameter.KEYWORD_ONLY, annotation=VerboseOption, default=False
-    )
-    parameters.append(verbose)
     flags: dict[str, str] = {}
     descriptions = stage.config.descriptions() if with_options else {}
     for name, info in stage.config.model_fields.items() if with_options else ():
@@ -185,8 +190,6 @@ def _add_stage(stage: Stage[Any], *, with_options: bool) -> None:
         flags[f"{name}_"] = key
 
     def command(**values: Any) -> None:
-        if values["verbose"]:
-            _terminal().verbose = True
         given = {
             flags[name]: Sourced(value, f"--{flags[name].replace('_', '-')}")
             for name, value in values.items()
@@ -261,8 +264,6 @@ def run_all(
     verbose: VerboseOption = False,
 ) -> None:
     """Run the profile's pipeline in order; what is up to date is skipped."""
-    if verbose:
-        _terminal().verbose = True
     from mtgdm import pipeline
 
     loaded = _load(profile)
@@ -504,13 +505,9 @@ def _short(path: Path, profile: Profile) -> str:
 
 
 def _value(value: Any) -> str:
-    return (
-        ""
-        if value is None
-        else json.dumps(value, ensure_ascii=False)
-        if not isinstance(value, str)
-        else value
-    )
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _number(value: Any) -> str:

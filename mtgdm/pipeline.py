@@ -113,21 +113,23 @@ def locked(workspace: Path, command: str) -> Iterator[None]:
     folder = workspace / ".mtgdm"
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / "running.json"
+    lock = FileLock(folder / "lock")
     try:
-        with FileLock(folder / "lock", timeout=0):
-            with replace(holder) as file:
-                file.write(json.dumps({"pid": os.getpid(), "command": command}).encode("utf-8"))
-            try:
-                yield
-            finally:
-                holder.unlink(missing_ok=True)
-    except Timeout as error:
+        lock.acquire(timeout=0)
+    except Timeout as error:  # ours alone: the libraries a stage uses have locks of this kind too
         who = _holder(holder)
         raise UserError(
             f"another mtgdm run is at work in this workspace{who}",
             where=workspace,
             hint="wait for it, stop it, or give this run another `workspace:`",
         ) from error
+    try:
+        with replace(holder) as file:
+            file.write(json.dumps({"pid": os.getpid(), "command": command}).encode("utf-8"))
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def _holder(path: Path) -> str:

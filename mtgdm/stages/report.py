@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
-
 from mtgdm.errors import SettingError, UserError
 from mtgdm.manifest import relative
-from mtgdm.stage import Context, Input, Output, Result, Runtime, StageConfig, newest, stage
+from mtgdm.reports.settings import ReportSettings
+from mtgdm.stage import Context, Input, Output, Result, newest, stage
 
 METRICS = "train-*.metrics.jsonl"
 
 
-class ReportConfig(StageConfig):
+class ReportConfig(ReportSettings):
     """Where the metrics lie and where the report goes."""
 
     metrics: Path | None = None
@@ -27,16 +26,6 @@ class ReportConfig(StageConfig):
     """Folder of logs and metrics."""
     out_dir: Annotated[Path, Output(newest="train-report-*[0-9].json")] = Path("data/report")
     """Folder of the JSON, the Markdown and the page."""
-    diagrams_dir: Path = Path("data/diagrams")
-    """Folder of the charts."""
-    require_png: Annotated[bool, Runtime()] = False
-    """Fail where the charts cannot be drawn as PNG (no browser, say); otherwise it is a hint."""
-    chart_timeout_s: Annotated[float, Runtime()] = Field(120.0, gt=0)
-    """Longest time the browser may take to draw the charts."""
-
-    def inputs(self) -> list[Path]:
-        """The one metrics file the report is made from."""
-        return [self.chosen()]
 
     def chosen(self) -> Path:
         """The metrics file that is meant."""
