@@ -103,14 +103,15 @@ def _draw(figures: Mapping[Path, Figure], folder: Path, deadline: float, limit_s
     jobs = [{"fig": figures[path], "path": str(drawn[path])} for path in figures]
     request = json.dumps(jobs).encode("utf-8")
     problem = ""
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             break
-        code, said = _run_child(request, folder, left_s)
+        # A browser that dies as it starts can leave kaleido waiting for it: another try needs time too.
+        code, said = _run_child(request, folder, left_s / (ATTEMPTS - attempt))
         if code is None:
-            hint = f"give it longer with --chart-timeout-s, or another browser: {install_hint()}"
-            return Export(problem=f"the browser did not finish within {limit_s:g} s", hint=hint)
+            problem = ""
+            continue
         if code == NO_BROWSER:
             return Export(problem=_no_browser(), hint=install_hint())
         if code == 0 and all(_is_png(path) for path in drawn.values()):
@@ -119,6 +120,9 @@ def _draw(figures: Mapping[Path, Figure], folder: Path, deadline: float, limit_s
                     file.write(picture.read_bytes())
             return Export(written=list(drawn))
         problem = "a picture is not whole" if code == 0 else said or f"it ended with code {code}"
+    if not problem:
+        hint = f"give it longer with --chart-timeout-s, or another browser: {install_hint()}"
+        return Export(problem=f"the browser did not finish within {limit_s:g} s", hint=hint)
     return Export(problem=f"the browser failed: {problem}", hint=install_hint())
 
 
