@@ -191,9 +191,12 @@ def _add_stage(stage: Stage[Any], *, with_options: bool) -> None:
 
     def command(**values: Any) -> None:
         given = {
-            flags[name]: Sourced(value, f"--{flags[name].replace('_', '-')}")
+            # A list may be written `--url A,B` and `--url A --url B`.
+            flags[name]: Sourced(
+                ",".join(value) if isinstance(value, list) else value, f"--{flags[name].replace('_', '-')}"
+            )
             for name, value in values.items()
-            if name in flags and value is not None
+            if name in flags and value is not None and value != []
         }
         _run_one(stage, values["profile"], given)
 
@@ -211,6 +214,8 @@ def _flag_type(annotation: Any) -> Any:
         return kind
     if kind in (bool, int, float, str, Path):
         return kind
+    if get_origin(kind) is list and get_args(kind) == (str,):
+        return list[str]
     if is_list(annotation) or not (isinstance(kind, type) and issubclass(kind, dict | BaseModel)):
         return None if get_origin(kind) is dict else str
     return None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -35,14 +35,28 @@ GROUP = "mtgdm.teachers"
 
 
 class Retryable(Exception):
-    """A failure that can pass; `another_seed` where the same question would only fail the same way again."""
+    """A failure that can pass."""
 
     def __init__(
-        self, message: str, *, retry_after_s: float | None = None, another_seed: bool = False
+        self,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        another_seed: bool = False,
+        overloaded: bool = False,
+        lost: bool = False,
     ) -> None:
+        """What happened, and what it asks for.
+
+        another_seed: the same question would only fail the same way again
+        overloaded: the teacher has too much to do (429, 503): fewer questions in flight
+        lost: the teacher was not reached: where there are several, the others are asked
+        """
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.another_seed = another_seed
+        self.overloaded = overloaded
+        self.lost = lost
 
 
 class Refused(Exception):
@@ -61,15 +75,21 @@ class TeacherSettings(StageConfig):
     """How a teacher is asked; the settings of the teacher stage that backends read."""
 
     backend: str = "offline"
-    """Who answers: offline (a template over the record, no model), ollama, openai (vLLM and the like), or a plugin."""
+    """Who answers: ollama, openai (vLLM and the like), transformers, offline (a template, no model), or a plugin."""
     model: str | None = None
-    """The teacher's model, as the server calls it: qwen2.5:32b-instruct-q4_K_M."""
-    url: Annotated[str, Runtime(), Flag(also=("ollama_url",))] = "http://localhost:11434"
-    """Where the teacher's server listens."""
+    """The teacher's model, as the server calls it (qwen2.5:32b-instruct-q4_K_M), or a Hub id or folder."""
+    url: Annotated[list[str], Runtime(), Flag(also=("ollama_url",))] = Field(
+        ["http://localhost:11434"], min_length=1
+    )
+    """Where the teacher's server listens; several addresses share the work, a dead one is left aside."""
     api_key_env: Annotated[str, Runtime()] = "OPENAI_API_KEY"
     """The environment variable that holds the key of an OpenAI-compatible server, where it wants one."""
     ollama_num_gpu: Annotated[int, Runtime()] = Field(999, ge=-1)
     """Layers Ollama puts on the GPU: 999 is all, 0 none, -1 as Ollama sees fit."""
+    device_mode: Annotated[Literal["cuda0", "auto", "cpu"], Runtime()] = "auto"
+    """Where a transformers teacher runs: the first GPU, all there are (else the CPU), or the CPU."""
+    load_in_4bit: bool = False
+    """Load a transformers teacher in 4-bit NF4: a quarter of the memory, slightly other answers."""
     num_ctx: Annotated[int, Runtime()] = Field(0, ge=0)
     """Context in tokens; 0 sizes it from the longest prompt and the answer."""
     temperature: float = Field(0.3, ge=0, le=2)
@@ -83,7 +103,7 @@ class TeacherSettings(StageConfig):
     timeout_s: Annotated[float, Runtime()] = Field(600.0, gt=0)
     """How long one answer may take."""
     concurrency: Annotated[int, Runtime()] = Field(4, ge=1)
-    """Questions in flight at once."""
+    """Questions in flight at once, at most: fewer while the teacher says that it has too much to do."""
     retries: Annotated[int, Runtime()] = Field(6, ge=0)
     """How often a failure that can pass is tried again, with growing pauses."""
 
@@ -114,8 +134,16 @@ class Completion:
 class Backend(ABC):
     """A teacher: used as an async context manager, asked by several tasks at once."""
 
+    has_url: ClassVar[bool] = False
+    """Whether it is reached over `settings.url`: then one backend is made for each address."""
+    timed: ClassVar[bool] = True
+    """Whether an answer that takes longer than `timeout_s` is given up; work in this process is not."""
+
     def __init__(self, settings: TeacherSettings, domain: Domain) -> None:
-        """Keep the settings (`num_ctx` is sized by now), open nothing; SettingError where one is missing."""
+        """Keep the settings, open nothing; SettingError where one is missing.
+
+        `num_ctx` is sized by now, and `url` holds the one address that this backend asks.
+        """
         self.settings = settings
         self.domain = domain
 

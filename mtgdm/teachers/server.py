@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 10.0
 CHECK_TIMEOUT_S = 30.0
 _PASSING = frozenset({408, 425, 429, 499, 500, 502, 503, 504})
+_OVERLOADED = frozenset({429, 503})
 _LONGEST_WORDS = 300
 
 
 class ServerBackend(Backend):
     """A teacher asked over HTTP; its failures become Retryable, Refused or Unavailable here."""
 
+    has_url: ClassVar[bool] = True
     kind: ClassVar[str]
     """What the server is called in messages."""
     start_hint: ClassVar[str]
@@ -44,7 +46,7 @@ class ServerBackend(Backend):
         super().__init__(settings, domain)
         if not settings.model:
             raise SettingError(f"the teacher backend {settings.backend} needs a model", hint="--model NAME")
-        self._url = server_url(settings.url, self.paths)
+        self._url = server_url(settings.url[0], self.paths)
         self._transport = transport
 
     async def __aenter__(self) -> Self:
@@ -87,7 +89,9 @@ class ServerBackend(Backend):
                     f"no {self.kind} server answers at {self._url}", hint=self.start_hint
                 ) from error
             words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise Retryable(words) from error
+            raise Retryable(
+                words, lost=isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            ) from error
 
     def _raise_for(self, response: httpx.Response) -> None:
         """What an answer other than 200 means."""
@@ -96,7 +100,11 @@ class ServerBackend(Backend):
             return
         text = said(response)
         if status in _PASSING or status >= 500:
-            raise Retryable(f"HTTP {status}: {text}", retry_after_s=_retry_after_s(response))
+            raise Retryable(
+                f"HTTP {status}: {text}",
+                retry_after_s=_retry_after_s(response),
+                overloaded=status in _OVERLOADED,
+            )
         if status == 404 and speaks_of_the_model(response):
             raise self._missing_model()
         if status in (401, 403, 404, 405) or 300 <= status < 400:
