@@ -31,8 +31,8 @@ class Ollama(ServerBackend):
 
     async def check(self) -> None:
         """Ask whether the server is there and has the model."""
-        response = await self._ask("POST", "/api/show", {"model": self.model}, check=True)
-        if response.status_code == 404 and speaks_of_the_model(response):
+        reply = await self._check("POST", "/api/show", {"model": self.model})
+        if reply.status == 404 and speaks_of_the_model(reply):
             raise self._missing_model()
         # Anything else is left to the first question: a proxy may pass /api/chat alone.
 
@@ -41,17 +41,18 @@ class Ollama(ServerBackend):
     ) -> Completion:
         """Ask once; a prompt that was cut, or an answer that broke off, is an error."""
         started = time.monotonic()
-        response = await self._ask("POST", "/api/chat", self._request(messages, contract, options))
-        if response.status_code == 400 and self._thinks and "think" in response.text:
+        request = self._request(messages, contract, options)
+        reply = await self._ask("/api/chat", request)
+        if reply.status == 400 and "think" in request and "think" in reply.text:
             self._thinks = False
             return await self.answer(messages, contract, options)
-        self._raise_for(response)
-        reply = reply_object(response)
+        self._raise_for(reply)
+        value = reply_object(reply)
         completion = Completion(
-            _content(reply),
-            _reason(reply),
-            count(reply, "prompt_eval_count"),
-            count(reply, "eval_count"),
+            _content(value),
+            _reason(value),
+            count(value, "prompt_eval_count"),
+            count(value, "eval_count"),
             round(time.monotonic() - started, 3),
         )
         # Servers too old for `truncate` and `shift` cut without a word.
@@ -67,7 +68,7 @@ class Ollama(ServerBackend):
     ) -> dict[str, Any]:
         request: dict[str, Any] = {
             "model": self.model,
-            "messages": list(messages),
+            "messages": messages,
             "stream": False,
             "truncate": False,  # never drop messages to make the prompt fit
             "shift": False,  # never forget half of the context to go on
@@ -97,17 +98,17 @@ class Ollama(ServerBackend):
             )
 
 
-def _content(reply: dict[str, Any]) -> str:
-    message = reply.get("message")
+def _content(value: dict[str, Any]) -> str:
+    message = value.get("message")
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
         raise Retryable("the reply carries no message")
-    if reply.get("done") is not True:
+    if value.get("done") is not True:
         # Ollama gives up on a token repeated 30 times and then never says `done`.
         raise Retryable("the answer broke off (`done` is not true)", another_seed=True)
     content: str = message["content"]
     return content
 
 
-def _reason(reply: dict[str, Any]) -> str:
-    reason = reply.get("done_reason")
+def _reason(value: dict[str, Any]) -> str:
+    reason = value.get("done_reason")
     return reason if isinstance(reason, str) and reason else "stop"

@@ -7,17 +7,22 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from mtgdm.teachers.seam import Completion, Options, Retryable, Unavailable
-from mtgdm.teachers.server import ServerBackend, count, reply_object, schema_of
+from mtgdm.errors import SettingError
+from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
+from mtgdm.teachers.server import ServerBackend, count, reply_object, said, schema_of
 
 if TYPE_CHECKING:
     import httpx
     from pydantic import BaseModel
 
     from mtgdm.domain import Domain, Message
+    from mtgdm.teachers.connections import Reply
     from mtgdm.teachers.seam import TeacherSettings
 
 _SCHEMA_WORDS = ("response_format", "json_schema", "guided", "grammar", "schema")
+_UNSUPPORTED_WORDS = ("unsupported", "not support", "not permitted", "extra_forbidden")
+_UNSENT: dict[str, float] = {"temperature": 1.0, "top_p": 1.0}
+"""What the API takes where the key is left out: to leave it out then changes nothing."""
 
 
 class OpenAI(ServerBackend):
@@ -31,32 +36,32 @@ class OpenAI(ServerBackend):
         self, settings: TeacherSettings, domain: Domain, *, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         super().__init__(settings, domain, transport=transport)
-        if "/" not in self._url.partition("://")[2]:
-            self._url += "/v1"  # other paths (/api/v3, /v1beta/openai) are taken as they are given
-
-    _takes_schemas = True
-    """Whether `response_format` may be sent; a server that cannot hold to a schema says so."""
+        if self._url.path == "/":
+            self._url = self._url.copy_with(path="/v1")  # other paths (/api/v3) are taken as they are given
+        self._takes_schemas = True
+        self._limit = "max_tokens"
+        self._left_out: set[str] = set()
+        """Keys that the server does not take."""
 
     async def check(self) -> None:
         """Ask whether the server is there and takes the key; not every server can list its models."""
-        response = await self._ask("GET", "/models", check=True)
-        if response.status_code in (401, 403):
-            self._raise_for(response)
+        reply = await self._check("GET", "/models")
+        if reply.status in (401, 403):
+            self._raise_for(reply)
 
     async def answer(
         self, messages: Sequence[Message], contract: type[BaseModel] | None, options: Options
     ) -> Completion:
-        """Ask once; without schemas where the server refuses them, since answers are checked here anyway."""
+        """Ask once, and once more for each part of the question that the server does not take."""
         started = time.monotonic()
         request = self._request(messages, contract, options)
-        response = await self._ask("POST", "/chat/completions", request)
-        if "response_format" in request and _refuses_schemas(response):
-            self._takes_schemas = False
+        reply = await self._ask("/chat/completions", request)
+        if reply.status in (400, 422, 501) and self._does_without(request, reply):
             return await self.answer(messages, contract, options)
-        self._raise_for(response)
-        reply = reply_object(response)
-        text, reason = _choice(reply)
-        usage = reply.get("usage")
+        self._raise_for(reply)
+        value = reply_object(reply)
+        text, reason = _choice(value)
+        usage = value.get("usage")
         counts: dict[str, Any] = usage if isinstance(usage, dict) else {}
         completion = Completion(
             text,
@@ -70,22 +75,35 @@ class OpenAI(ServerBackend):
         )
         return completion
 
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.settings.api_key_env, "").strip()
+
     def _headers(self) -> dict[str, str]:
-        key = os.environ.get(self.settings.api_key_env)
-        return {"Authorization": f"Bearer {key}"} if key else {}
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise SettingError(
+                f"the key in the environment variable {self.settings.api_key_env} is no key: "
+                "it holds characters that no header can"
+            )
+        return {"Authorization": f"Bearer {self._key}"} if self._key else {}
 
     def _missing_model(self) -> Unavailable:
         return Unavailable(
-            f"the server at {self._url} does not serve the model '{self.model}'",
-            hint=f"{self._url}/models lists what it serves; name it with --model",
+            f"the server at {self.place} does not serve the model '{self.model}'",
+            hint=f"{self.place}/models lists what it serves; name it with --model",
         )
+
+    def _raise_for(self, reply: Reply) -> None:
+        if reply.status == 429 and "insufficient_quota" in reply.text:
+            self._raise_unavailable(reply.status, said(reply))  # waiting does not help
+        super()._raise_for(reply)
 
     def _raise_unavailable(self, status: int, text: str) -> NoReturn:
         if status in (401, 403):
             name = self.settings.api_key_env
-            state = "was refused" if os.environ.get(name) else "is not set"
+            state = "was refused" if self._key else "is not set"
             raise Unavailable(
-                f"{self._url} answers HTTP {status}: {text}",
+                f"{self.place} answers HTTP {status}: {text}",
                 hint=f"the key in the environment variable {name} {state}; api_key_env names another variable",
             )
         super()._raise_unavailable(status, text)
@@ -95,13 +113,15 @@ class OpenAI(ServerBackend):
     ) -> dict[str, Any]:
         request: dict[str, Any] = {
             "model": self.model,
-            "messages": list(messages),
+            "messages": messages,
             "stream": False,
-            "max_tokens": options.max_tokens,
+            self._limit: options.max_tokens,
             "temperature": options.temperature,
             "top_p": options.top_p,
             "seed": options.seed,
         }
+        for key in self._left_out:
+            del request[key]
         if contract is not None and self._takes_schemas:
             request["response_format"] = {
                 "type": "json_schema",
@@ -113,13 +133,36 @@ class OpenAI(ServerBackend):
             }
         return request
 
+    def _does_without(self, request: dict[str, Any], reply: Reply) -> bool:
+        """Whether the server takes this question in another form, which is sent from now on.
 
-def _refuses_schemas(response: httpx.Response) -> bool:
-    return response.status_code in (400, 422, 501) and any(word in response.text for word in _SCHEMA_WORDS)
+        Without schemas, since answers are checked above; without a seed; without a temperature or top_p
+        that the server takes anyway. Other values would be lost without a word: Unavailable.
+        """
+        text = reply.text
+        if "response_format" in request and any(word in text for word in _SCHEMA_WORDS):
+            self._takes_schemas = False
+            return True
+        if not any(word in text.lower() for word in _UNSUPPORTED_WORDS):
+            return False
+        for key in ("max_tokens", "temperature", "top_p", "seed"):
+            if key not in request or not (f"'{key}'" in text or f'"{key}"' in text):
+                continue
+            if key == "max_tokens":
+                self._limit = "max_completion_tokens"
+            elif key in _UNSENT and request[key] != _UNSENT[key]:
+                flag = key.replace("_", "-")
+                raise Unavailable(
+                    f"{self.place} takes no {key} of {request[key]:g}: {said(reply)}", hint=f"--{flag} 1"
+                )
+            else:
+                self._left_out.add(key)
+            return True
+        return False
 
 
-def _choice(reply: dict[str, Any]) -> tuple[str, str]:
-    choices = reply.get("choices")
+def _choice(value: dict[str, Any]) -> tuple[str, str]:
+    choices = value.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
@@ -127,5 +170,17 @@ def _choice(reply: dict[str, Any]) -> tuple[str, str]:
     reason = choice.get("finish_reason")
     if not isinstance(reason, str) or not reason:
         raise Retryable("the answer broke off (no `finish_reason`)", another_seed=True)
-    content = message.get("content")
-    return content if isinstance(content, str) else "", reason
+    text = _text(message.get("content"))
+    if not text and isinstance(message.get("refusal"), str) and message["refusal"]:
+        raise Refused(f"the model refuses: {message['refusal']}")
+    return text, reason
+
+
+def _text(content: Any) -> str:
+    """The answer, which may come in parts; thoughts among them are no part of it."""
+    if isinstance(content, list):
+        parts = (
+            part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"
+        )
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import re
+import socket
+import ssl
 from abc import abstractmethod
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import httpx
+from pydantic_core import to_json
 
 from mtgdm.errors import SettingError
 from mtgdm.rows import encode
-from mtgdm.teachers.connections import Connections
+from mtgdm.teachers.connections import Reply, connections_to
 from mtgdm.teachers.seam import Backend, Completion, Refused, Retryable, Unavailable
 from mtgdm.teachers.tokens import prompt_at_least
 
@@ -22,11 +30,13 @@ if TYPE_CHECKING:
     from mtgdm.domain import Domain, Message
     from mtgdm.teachers.seam import TeacherSettings
 
-CONNECT_TIMEOUT_S = 10.0
 CHECK_TIMEOUT_S = 30.0
-_PASSING = frozenset({408, 425, 429, 499, 500, 502, 503, 504})
-_OVERLOADED = frozenset({429, 503})
+_PASSING = frozenset({408, 425, 429, 499})
+_OVERLOADED = frozenset({429, 503, 529})
+_FOR_EVERY_QUESTION = frozenset({401, 402, 403, 404, 405, 407})
 _LONGEST_WORDS = 300
+_TITLE = re.compile(r"<title[^>]*>([^<]+)", re.IGNORECASE)
+_TAG = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.IGNORECASE | re.DOTALL)
 
 
 class ServerBackend(Backend):
@@ -46,23 +56,23 @@ class ServerBackend(Backend):
         super().__init__(settings, domain)
         if not settings.model:
             raise SettingError(f"the teacher backend {settings.backend} needs a model", hint="--model NAME")
-        self._url = server_url(settings.url[0], self.paths)
+        self._url = httpx.URL(server_url(settings.url[0], self.paths))
         self._transport = transport
 
     async def __aenter__(self) -> Self:
-        # The loop times each answer as a whole; here only a server that cannot be reached is noticed sooner.
-        self._client = httpx.AsyncClient(
-            base_url=self._url,
-            transport=self._transport or Connections(),
-            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-            headers={"Content-Type": "application/json"} | self._headers(),
-        )
+        headers = {"Content-Type": "application/json", "Accept": "application/json"} | self._headers()
+        self._connections = connections_to(self._url, headers, self._transport)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.aclose()
+        await self._connections.aclose()
+
+    @property
+    def place(self) -> str:
+        """The address as messages show it: without a name and a password."""
+        return str(self._url.copy_with(userinfo=b""))
 
     def _headers(self) -> dict[str, str]:
         """More headers of every request."""
@@ -72,48 +82,56 @@ class ServerBackend(Backend):
     def _missing_model(self) -> Unavailable:
         """What to say where the server does not have the model."""
 
-    async def _ask(
-        self, method: str, path: str, body: dict[str, Any] | None = None, *, check: bool = False
-    ) -> httpx.Response:
-        """One request; a server that is not there stops a check at once and is tried again later on."""
-        try:
-            return await self._client.request(
-                method,
-                path,
-                content=None if body is None else encode(body),
-                timeout=CHECK_TIMEOUT_S if check else httpx.USE_CLIENT_DEFAULT,
-            )
-        except httpx.TransportError as error:
-            if check and isinstance(error, httpx.ConnectError):
-                raise Unavailable(
-                    f"no {self.kind} server answers at {self._url}", hint=self.start_hint
-                ) from error
-            words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise Retryable(
-                words, lost=isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-            ) from error
+    async def _ask(self, path: str, body: dict[str, Any]) -> Reply:
+        """One question; the loop above times it."""
+        return await self._connections.send("POST", path, _encoded(body))
 
-    def _raise_for(self, response: httpx.Response) -> None:
+    async def _check(self, method: str, path: str, body: dict[str, Any] | None = None) -> Reply:
+        """A first request: a server that is not there stops the run, one that is busy says so."""
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                reply = await self._connections.send(method, path, _encoded(body) if body else None)
+        except TimeoutError as error:
+            raise Retryable(f"no answer within {CHECK_TIMEOUT_S:g} s") from error
+        except Retryable as error:
+            if not error.lost:
+                raise
+            # The rest of what can be wrong says no more than that nobody is there.
+            told = isinstance(error.__cause__, ssl.SSLError | socket.gaierror | httpx.ProxyError)
+            words = f": {error}" if told else ""
+            raise Unavailable(
+                f"no {self.kind} server answers at {self.place}{words}", hint=self.start_hint
+            ) from error
+        if reply.status in _OVERLOADED:
+            self._raise_for(reply)
+        return reply
+
+    def _raise_for(self, reply: Reply) -> None:
         """What an answer other than 200 means."""
-        status = response.status_code
+        status = reply.status
         if status == 200:
             return
-        text = said(response)
+        text = said(reply)
         if status in _PASSING or status >= 500:
             raise Retryable(
                 f"HTTP {status}: {text}",
-                retry_after_s=_retry_after_s(response),
+                retry_after_s=_retry_after_s(reply),
                 overloaded=status in _OVERLOADED,
             )
-        if status == 404 and speaks_of_the_model(response):
+        if status == 404 and speaks_of_the_model(reply):
             raise self._missing_model()
-        if status in (401, 403, 404, 405) or 300 <= status < 400:
+        if 300 <= status < 400:
+            target = reply.headers.get("location", "elsewhere")
+            raise Unavailable(
+                f"{self.place} sends questions on to {target}", hint="name the server itself with --url"
+            )
+        if status in _FOR_EVERY_QUESTION:
             self._raise_unavailable(status, text)
         raise Refused(f"HTTP {status}: {text}")
 
     def _raise_unavailable(self, status: int, text: str) -> NoReturn:
         raise Unavailable(
-            f"{self._url} answers HTTP {status}: {text}",
+            f"{self.place} answers HTTP {status}: {text}",
             hint=f"is this the {self.kind} server? name it with --url",
         )
 
@@ -152,32 +170,38 @@ def schema_of(contract: type[BaseModel]) -> dict[str, Any]:
     return contract.model_json_schema()
 
 
-def reply_object(response: httpx.Response) -> dict[str, Any]:
+def reply_object(reply: Reply) -> dict[str, Any]:
     """The reply as an object; half a body, HTML or an error under status 200 can all pass."""
     try:
-        reply = response.json()
+        value = reply.json()
     except ValueError as error:  # invalid UTF-8 is one too
-        raise Retryable(f"the reply is not JSON but {_beginning(response.text)}") from error
-    if not isinstance(reply, dict):
-        raise Retryable(f"the reply is no JSON object but {type(reply).__name__}")
-    if reply.get("error"):
-        raise Retryable(f"the server says: {_beginning(_error_text(reply['error']))}")
-    return reply
+        if _is_web_page(reply):
+            raise Retryable(
+                f"the reply is not JSON but a web page ({said(reply)}): a proxy or a login page answers"
+            ) from error
+        raise Retryable(f"the reply is not JSON but {said(reply)}") from error
+    if not isinstance(value, dict):
+        raise Retryable(f"the reply is no JSON object but {type(value).__name__}")
+    if value.get("error"):
+        raise Retryable(f"the server says: {said(reply)}")
+    return value
 
 
-def said(response: httpx.Response) -> str:
+def said(reply: Reply) -> str:
     """The server's own words for what is wrong: `{"error": "..."}`, `{"error": {"message": "..."}}`, or the body."""
+    if _is_web_page(reply):
+        title = _TITLE.search(reply.text)
+        return _beginning(title[1] if title else _TAG.sub(" ", reply.text))
     try:
-        reply = response.json()
+        value = reply.json()
     except ValueError:
-        return _beginning(response.text)
-    error = reply.get("error") or reply.get("detail") if isinstance(reply, dict) else None
-    return _beginning(_error_text(error) if error else response.text)
+        return _beginning(reply.text)
+    return _beginning(_error_text(value) or reply.text)
 
 
-def speaks_of_the_model(response: httpx.Response) -> bool:
+def speaks_of_the_model(reply: Reply) -> bool:
     """Whether a 404 is about the model rather than the path."""
-    text = said(response)
+    text = said(reply)
     return "model" in text and ("not found" in text or "not exist" in text)
 
 
@@ -187,10 +211,28 @@ def count(reply: dict[str, Any], key: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _error_text(error: Any) -> str:
+def _encoded(body: dict[str, Any]) -> bytes:
+    try:
+        return to_json(body)  # a third of the time of json.dumps
+    except ValueError:  # a lone surrogate
+        return encode(body)
+
+
+def _error_text(value: Any) -> str:
+    """The words inside `{"error": ...}`; Ollama hands on what llama-server said as JSON in a text."""
+    error = value.get("error") or value.get("detail") if isinstance(value, dict) else None
     if isinstance(error, dict) and isinstance(error.get("message"), str):
-        return str(error["message"])
-    return str(error)
+        error = error["message"]
+    if isinstance(error, str) and error.lstrip().startswith("{"):
+        try:
+            return _error_text(json.loads(error)) or error
+        except ValueError:
+            return error
+    return str(error) if error else ""
+
+
+def _is_web_page(reply: Reply) -> bool:
+    return "html" in reply.headers.get("content-type", "") or reply.body[:100].lstrip()[:1] == b"<"
 
 
 def _beginning(text: str) -> str:
@@ -198,9 +240,16 @@ def _beginning(text: str) -> str:
     return words if len(words) <= _LONGEST_WORDS else f"{words[:_LONGEST_WORDS]}…"
 
 
-def _retry_after_s(response: httpx.Response) -> float | None:
-    """Seconds of a Retry-After header; its form as a date is rare enough to leave to our own pauses."""
+def _retry_after_s(reply: Reply) -> float | None:
+    """Seconds of a Retry-After header, which may also be a date."""
+    given = reply.headers.get("retry-after", "")
     try:
-        return max(0.0, float(response.headers["Retry-After"]))
-    except (KeyError, ValueError):
+        return max(0.0, float(given))
+    except ValueError:
+        pass
+    try:
+        when = parsedate_to_datetime(given)
+    except ValueError:
         return None
+    when = when if when.tzinfo else when.replace(tzinfo=UTC)
+    return max(0.0, (when - datetime.now(UTC)).total_seconds())
