@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.progress import Progress as RichProgress
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +19,12 @@ from mtgdm.errors import MtgdmError
 
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal a line of progress is printed this often, and at the end."""
-
+REFRESHES_PER_S = 4
+RECENT_S = 300.0
+"""The pace is that of the last five minutes: a server that hung for an hour is forgotten soon after."""
+BAR_WIDTH = 28
+SHORTEST_BAR = 8
+BETWEEN_NOTES = " · "
 
 PIPE_COLUMNS = 1000
 """In a file or a pipe there is no edge to wrap a table at, and a path in two pieces is no path."""
@@ -38,7 +38,7 @@ class Terminal:
         width = None if sys.stdout.isatty() else PIPE_COLUMNS
         self._out = Console(highlight=False, soft_wrap=True, width=width)
         self._err = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._live: RichProgress | None = None
+        self._live: _Bars | None = None
 
     @property
     def live(self) -> bool:
@@ -88,7 +88,8 @@ class Terminal:
         if not self.live or self._live is not None:
             yield
             return
-        with self._bars() as bars:
+        bars = _Bars()
+        with Live(bars, console=self._err, refresh_per_second=REFRESHES_PER_S, redirect_stdout=False):
             self._live = bars
             try:
                 yield
@@ -97,133 +98,221 @@ class Terminal:
 
     @contextmanager
     def progress(self, title: str, total: int | None, unit: str, *, done: int = 0) -> Iterator[Progress]:
-        """A bar with rows done/total, rate and time left; off a terminal, a line now and then."""
+        """A bar with rows done/total, rate and time left; off a terminal, a line now and then.
+
+        Where work ends with an error the bar stays as it stood, or goes where nothing was done.
+        """
         if not self.live:
             line = PlainProgress(self, title, total, unit, done)
-            yield line
+            try:
+                yield line
+            except BaseException:
+                if line.moved:
+                    line.finish()
+                raise
             line.finish()
             return
         with self.progress_view():
             bars = self._live
             assert bars is not None
-            task = bars.add_task(title, total=total, completed=done, unit=unit, begun=done, note="")
-            bar = LiveProgress(bars, task)
-            yield bar
-            bar.finish()
+            bar = Progress(title, total, unit, done)
+            bars.all.append(bar)
+            try:
+                yield bar
+            except BaseException:
+                if not bar.moved:
+                    bars.all.remove(bar)
+                raise
+            finally:
+                bar.finish()
 
     def plain(self, text: str) -> None:
         """A line of progress on standard error where nothing can be drawn in place."""
         self._err.print(Text(text))
 
-    def _bars(self) -> RichProgress:
-        return RichProgress(
-            TextColumn("{task.description:<12}", markup=False),
-            BarColumn(bar_width=28),
-            _Count(),
-            _Rate(),
-            TimeElapsedColumn(),
-            _Left(),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=self._err,
-            refresh_per_second=4,
-            redirect_stdout=False,
-        )
-
 
 class Progress:
-    """A bar in use: `advance` as work gets done, `note` for what stands beside it."""
+    """A bar in use: `advance` as work gets done, `note` for what stands beside it.
+
+    Both only remember, and the bar looks when it is drawn: they may be called for every row.
+    """
+
+    def __init__(self, title: str, total: int | None, unit: str, done: int) -> None:
+        self.title = title
+        self.total = total
+        self.done = done
+        self._unit = unit
+        self._note = ""
+        self._begun = done
+        self._started = time.monotonic()
+        self._ended: float | None = None
+        self._seen = deque([(self._started, done)])
+        """What was done when, a second apart, as far back as RECENT_S."""
 
     def advance(self, amount: int = 1) -> None:
         """So much more is done."""
-        raise NotImplementedError
+        self.done += amount
 
     def note(self, text: str) -> None:
-        """Show a short text beside the bar."""
-        raise NotImplementedError
-
-
-class LiveProgress(Progress):
-    """A bar drawn by rich."""
-
-    def __init__(self, bars: RichProgress, task: TaskID) -> None:
-        self._bars = bars
-        self._task = task
-
-    def advance(self, amount: int = 1) -> None:
-        """So much more is done."""
-        self._bars.advance(self._task, amount)
-
-    def note(self, text: str) -> None:
-        """Show a short text beside the bar."""
-        self._bars.update(self._task, note=text)
+        """Show a short text beside the bar; its parts, divided by ` · `, go from the end where there is no room."""
+        self._note = text
 
     def finish(self) -> None:
-        """Leave the bar as it stands, without a clock that still runs."""
-        self._bars.stop_task(self._task)
+        """Leave it as it stands, without a clock that still runs."""
+        self._ended = time.monotonic()
+
+    @property
+    def moved(self) -> bool:
+        """Whether anything was done since it began."""
+        return self.done != self._begun
+
+    @property
+    def ended(self) -> bool:
+        """Whether the work is over."""
+        return self._ended is not None
+
+    @property
+    def count(self) -> str:
+        """`  12/600 rows`."""
+        if self.total is None:
+            return f"{self.done:,} {self._unit}"
+        total = f"{self.total:,}"
+        return f"{self.done:>{len(total)},}/{total} {self._unit}"
+
+    @property
+    def rate(self) -> str:
+        """`3.1 rows/s`, of late or, when it is over, on the whole; empty where nothing is done yet."""
+        pace = self._pace()
+        if not pace:
+            return ""
+        return (
+            f"{_rounded(pace)} {self._unit}/s" if pace >= 0.1 else f"{_rounded(60 * pace)} {self._unit}/min"
+        )
+
+    @property
+    def elapsed(self) -> str:
+        """How long it has been going on."""
+        return _clock((self._ended or time.monotonic()) - self._started)
+
+    @property
+    def left(self) -> str:
+        """`3:20 left`, or nothing where nobody can know."""
+        if self.ended or self.total is None or self.done >= self.total:
+            return ""
+        pace = self._pace()
+        return f"{_clock((self.total - self.done) / pace)} left" if pace else ""
+
+    @property
+    def notes(self) -> list[str]:
+        """The parts of the note."""
+        return self._note.replace("\n", " ").split(BETWEEN_NOTES) if self._note else []
+
+    def _pace(self) -> float:
+        """Units a second."""
+        if self._ended is not None:
+            elapsed_s = self._ended - self._started
+            return (self.done - self._begun) / elapsed_s if elapsed_s else 0.0
+        now, seen = time.monotonic(), self._seen
+        if now - seen[-1][0] >= 1.0:
+            seen.append((now, self.done))
+        while len(seen) > 2 and seen[1][0] < now - RECENT_S:
+            seen.popleft()
+        since, done = seen[0]
+        return (self.done - done) / (now - since) if now > since else 0.0
 
 
 class PlainProgress(Progress):
     """A line of progress now and then, for logs and pipes."""
 
     def __init__(self, terminal: Terminal, title: str, total: int | None, unit: str, done: int) -> None:
+        super().__init__(title, total, unit, done)
         self._terminal = terminal
-        self._title = title
-        self._total = total
-        self._unit = unit
-        self._begun = self._done = done
-        self._started = self._printed = time.monotonic()
-        self._note = ""
+        self._printed = self._started
 
     def advance(self, amount: int = 1) -> None:
         """So much more is done."""
-        self._done += amount
+        self.done += amount
         if time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
             self._print()
 
-    def note(self, text: str) -> None:
-        """Show a short text beside the count."""
-        self._note = text
-
     def finish(self) -> None:
         """Print where it ended."""
+        super().finish()
         self._print()
 
     def _print(self) -> None:
         self._printed = time.monotonic()
-        elapsed_s = self._printed - self._started
-        rate = (self._done - self._begun) / elapsed_s if elapsed_s > 0 else 0.0
-        count = f"{self._done:,}" if self._total is None else f"{self._done:,}/{self._total:,}"
-        parts = [
-            f"{self._title}: {count} {self._unit}",
-            f"{_rounded(rate)} {self._unit}/s",
-            _clock(elapsed_s),
+        parts = [f"{self.title}: {self.count.lstrip()}", self.rate, self.elapsed, self.left, *self.notes]
+        self._terminal.plain(BETWEEN_NOTES.join(part for part in parts if part))
+
+
+class _Bars:
+    """Bars under each other, one line each, however narrow the terminal."""
+
+    def __init__(self) -> None:
+        self.all: list[Progress] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        bars = list(self.all)
+        if not bars:
+            return
+        lines = [
+            [bar.title, bar.count, bar.rate, bar.elapsed, bar.left, BETWEEN_NOTES.join(bar.notes)]
+            for bar in bars
         ]
-        if self._total is not None and rate > 0 and self._done < self._total:
-            parts.append(f"{_clock((self._total - self._done) / rate)} left")
-        if self._note:
-            parts.append(self._note)
-        self._terminal.plain(" · ".join(parts))
+        _shorten(lines, options.max_width)
+        room = options.max_width - _width(lines) - 1
+        grid = Table.grid(padding=(0, 1))
+        shown = [column for column, width in enumerate(_widths(lines)) if width]
+        for column in shown:
+            grid.add_column(no_wrap=True, overflow="ellipsis")
+            if column == _TITLE and room >= SHORTEST_BAR:
+                grid.add_column(width=min(BAR_WIDTH, room))
+        for bar, line in zip(bars, lines, strict=True):
+            cells: list[Text | ProgressBar] = [Text(line[column], _STYLES[column]) for column in shown]
+            if room >= SHORTEST_BAR:
+                cells.insert(1, _drawn(bar))
+            grid.add_row(*cells)
+        yield grid
 
 
-class _Count(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        done = f"{int(task.completed):,}"
-        total = "" if task.total is None else f"/{int(task.total):,}"
-        return Text(f"{done}{total} {task.fields['unit']}")
+_TITLE, _COUNT, _RATE, _ELAPSED, _LEFT, _NOTE = range(6)
+_STYLES = ("", "", "", "progress.elapsed", "progress.remaining", "")
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        elapsed_s = task.finished_time if task.finished else task.elapsed
-        done = task.completed - task.fields["begun"]
-        return Text(f"{_rounded(done / elapsed_s)} {task.fields['unit']}/s" if elapsed_s and done else "")
+def _drawn(bar: Progress) -> ProgressBar:
+    if bar.total is None:
+        return ProgressBar(total=1, completed=1) if bar.ended else ProgressBar(pulse=True)
+    return ProgressBar(total=max(1, bar.total), completed=bar.done if bar.total else 1)
 
 
-class _Left(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        if task.finished or task.time_remaining is None:
-            return Text("")
-        return Text(f"{_clock(task.time_remaining)} left")
+def _shorten(lines: list[list[str]], room: int) -> None:
+    """Leave out what says least until every line fits: the time so far, the last notes, the rate, all notes."""
+    if _width(lines) > room:
+        _leave_out(_ELAPSED, lines)
+    while _width(lines) > room:
+        longest = max(lines, key=lambda line: cell_len(line[_NOTE]))
+        if BETWEEN_NOTES not in longest[_NOTE]:
+            break
+        longest[_NOTE] = longest[_NOTE].rpartition(BETWEEN_NOTES)[0]
+    for column in (_RATE, _NOTE):
+        if _width(lines) > room:
+            _leave_out(column, lines)
+
+
+def _leave_out(column: int, lines: list[list[str]]) -> None:
+    for line in lines:
+        line[column] = ""
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    """Columns of the terminal the lines take, one between cells."""
+    widths = [width for width in _widths(lines) if width]
+    return sum(widths) + len(widths) - 1
 
 
 def _rounded(rate: float) -> str:
@@ -233,4 +322,6 @@ def _rounded(rate: float) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
