@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel
 
@@ -17,6 +17,7 @@ from mtgdm.profiles import Profile, settings_for
 
 if TYPE_CHECKING:
     from mtgdm.registry import Registry
+    from mtgdm.teachers.seam import Backend
 
 _TRAINING = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 _FREE_GIB = 10
@@ -150,27 +151,34 @@ def _spots(profile: Profile, registry: Registry) -> Iterator[Finding]:
 def _teacher(profile: Profile, registry: Registry) -> Iterator[Finding]:
     if "teacher" not in registry.stages:
         return
-    import asyncio
-
-    from mtgdm.teachers.seam import Refused, Retryable
+    from mtgdm.teachers.endpoints import backends
 
     config = settings_for(registry.stage("teacher"), profile, {}).config
     name: str = getattr(config, "backend", "")
     try:
         domain = named("mtgdm.domains", profile.domain, "domain")()
-        backend = named("mtgdm.teachers", name, "teacher backend")(config, domain)
-
-        async def check() -> None:
-            async with backend:
-                await backend.check()
-
-        asyncio.run(check())
+        found = backends(named("mtgdm.teachers", name, "teacher backend"), cast(Any, config), domain)
     except MtgdmError as error:
         yield Finding(state="wrong", what=f"teacher {name}", found=str(error), mend=error.hint or "")
         return
+    for backend in found:
+        what = f"teacher {name}" + (f" at {backend.settings.url[0]}" if len(found) > 1 else "")
+        yield _checked(what, backend)
+
+
+def _checked(what: str, backend: Backend) -> Finding:
+    import asyncio
+
+    from mtgdm.teachers.seam import Refused, Retryable
+
+    async def check() -> None:
+        async with backend:
+            await backend.check()
+
+    try:
+        asyncio.run(check())
+    except MtgdmError as error:
+        return Finding(state="wrong", what=what, found=str(error), mend=error.hint or "")
     except (Retryable, Refused) as error:
-        yield Finding(
-            state="wrong", what=f"teacher {name}", found=str(error), mend="mtgdm doctor, in a while"
-        )
-        return
-    yield Finding(state="ok", what=f"teacher {name}", found=backend.model or "ready")
+        return Finding(state="wrong", what=what, found=str(error), mend="mtgdm doctor, in a while")
+    return Finding(state="ok", what=what, found=backend.model or "ready")

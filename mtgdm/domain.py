@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,6 +20,9 @@ from mtgdm.errors import BadRow
 
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`."""
+
+Script = Literal["Han", "alphabetic"]
+"""What an answer is written in: Chinese characters, or letters of an alphabet."""
 
 BadRecord = Callable[[BadRow], None]
 """Called with a line that could not be read; raising stops the reading, returning skips the line."""
@@ -83,6 +86,10 @@ class Domain(ABC):
     @abstractmethod
     def prose_problem(self, prompt_type: str, text: str) -> str | None:
         """What is wrong with a prose answer of this type, in words, or None."""
+
+    def script(self, prompt_type: str) -> Script | None:
+        """What an answer of this type is written in; None where it is mixed or does not matter."""
+        return None
 
     @abstractmethod
     def check_facts(self, facts: Mapping[str, Any], prompt_type: str, text: str) -> FactCheck:

@@ -74,14 +74,16 @@ class OllamaServer:
     knows_think: bool = True
     cuts_prompts: bool = False
     """Like servers before `truncate` and `shift`: what does not fit is cut unseen."""
+    port: int = 0
+    """Where it listens; 0 takes one that is free."""
     questions: list[Question] = field(default_factory=list)
+    in_flight: int = 0
     most_in_flight: int = 0
 
     def __enter__(self) -> Self:
         self._lock = threading.Lock()
         self._times: Counter[str] = Counter()
-        self._in_flight = 0
-        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
+        self._server = _Server(("127.0.0.1", self.port), type("Handler", (_Handler,), {"server_of": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
         return self
@@ -110,14 +112,14 @@ class OllamaServer:
             question = Question(body, len(self.questions), self._times[words])
             self._times[words] += 1
             self.questions.append(question)
-            self._in_flight += 1
-            self.most_in_flight = max(self.most_in_flight, self._in_flight)
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
         return question
 
     def left(self) -> None:
         """A request is over."""
         with self._lock:
-            self._in_flight -= 1
+            self.in_flight -= 1
 
     def chat(self, question: Question) -> tuple[int, JsonObject]:
         """`POST /api/chat` without streaming."""

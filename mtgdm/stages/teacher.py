@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +15,14 @@ from mtgdm.errors import UserError
 from mtgdm.plugins import named
 from mtgdm.rows import read_rows
 from mtgdm.stage import Context, Input, Output, Result, Runtime, stage
+from mtgdm.teachers.endpoints import backends
+from mtgdm.teachers.judgement import Judge
 from mtgdm.teachers.ledger import FactSums, Ledger, Prompts, Settled, count_lines, rejected_path
 from mtgdm.teachers.seam import GROUP, TeacherSettings
 from mtgdm.teachers.tokens import context_size, prompt_at_most
 
 if TYPE_CHECKING:
-    from mtgdm.domain import Domain
+    from mtgdm.domain import FactCheck
     from mtgdm.rows import Row
     from mtgdm.teachers.loop import Outcome
     from mtgdm.teachers.seam import Backend
@@ -46,6 +48,10 @@ class TeacherConfig(TeacherSettings):
     """First read the whole output and compare it with the prompts, row by row."""
     retry_rejected: Annotated[bool, Runtime()] = False
     """Ask again for the rows an earlier run rejected."""
+    min_fact_recall: float = Field(0.0, ge=0, le=1)
+    """Reject answers that tell less than this share of their record's facts; 0 keeps them all."""
+    max_unsupported: int | None = Field(None, ge=0)
+    """Reject answers with more claims than this that their record does not support; by default none is rejected."""
     strict: bool = False
     """End with exit code 1 when any row is rejected."""
 
@@ -82,24 +88,35 @@ def run(config: TeacherConfig, context: Context) -> Result:
     if not config.num_ctx:
         sized = context_size(prompts.longest_tokens, config.max_tokens)
         settings = config.model_copy(update={"num_ctx": sized})
-    backend = teacher(settings, context.domain)
+    asked = backends(teacher, settings, context.domain)
+    backend = asked[0]
+    judge = Judge(
+        context.domain, min_fact_recall=config.min_fact_recall, max_unsupported=config.max_unsupported
+    )
     with Ledger(config.out, backend.fingerprint, overwrite=config.overwrite) as ledger:
         if config.resume_verify and not config.overwrite and config.out.exists():
             ledger.verify(prompts)
-        reasons = _ask(config, context, prompts, backend, ledger)
-        settled = ledger.settle(prompts, lambda row, meta: _facts(context.domain, row, meta))
+        reasons = _ask(config, context, prompts, asked, judge, ledger)
+        settled = ledger.settle(
+            prompts, lambda row, meta: _facts(judge.facts(meta, row.type, row.answer or ""))
+        )
     return _report(config, context, prompts, backend, ledger, settled, reasons)
 
 
 def _ask(
-    config: TeacherConfig, context: Context, prompts: Prompts, backend: Backend, ledger: Ledger
+    config: TeacherConfig,
+    context: Context,
+    prompts: Prompts,
+    asked: list[Backend],
+    judge: Judge,
+    ledger: Ledger,
 ) -> Counter[str]:
     """Ask for every row that is not done; returns the reasons of the rows rejected now."""
-    done = {identity for identity in prompts.chosen() if identity in ledger.kept_ids}
+    done = prompts.among(ledger.kept_ids)
     if not config.retry_rejected:
-        done |= {identity for identity in prompts.chosen() if identity in ledger.rejected_ids}
+        done |= prompts.among(ledger.rejected_ids)
     reasons: Counter[str] = Counter()
-    if len(done) == prompts.asked:
+    if done.all():
         context.print(f"all {prompts.asked:,} rows were done before: nothing is asked")
         return reasons
 
@@ -108,7 +125,7 @@ def _ask(
     from mtgdm.teachers.loop import Loop
 
     kept = rejected = tokens = 0
-    log = context.log
+    backend, log = asked[0], context.log
     log.info(
         "%s %s, fingerprint %s, num_ctx %d: %d prompts, %d done",
         config.backend,
@@ -116,14 +133,14 @@ def _ask(
         backend.fingerprint,
         backend.settings.num_ctx,
         prompts.asked,
-        len(done),
+        done.sum(),
     )
-    with context.progress(prompts.asked, "rows", done=len(done)) as bar:
+    with context.progress(prompts.asked, "rows", done=int(done.sum())) as bar:
 
         def record(outcome: Outcome) -> None:
             nonlocal kept, rejected, tokens
             if outcome.reason is None:
-                ledger.keep(_kept(outcome, backend, context.domain))
+                ledger.keep(_kept(outcome, backend))
                 kept += 1
             else:
                 ledger.reject(_rejected(outcome, backend))
@@ -132,31 +149,29 @@ def _ask(
             tokens += (outcome.completion.output_tokens or 0) if outcome.completion else 0
             log.info("%s", _line(outcome))
             bar.advance()
-            bar.note(f"{kept:,} kept, {rejected:,} rejected" + (f", {tokens:,} tokens" if tokens else ""))
+            parts = [f"{kept:,} kept, {rejected:,} rejected"]
+            if tokens:
+                parts.append(f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
+            bar.note(" · ".join([*parts, f"{loop.in_flight} in flight"]))
 
+        started = time.monotonic()
         loop = Loop(
-            backend,
+            asked,
             context.domain,
             backend.settings,
+            judge,
             answered_before=bool(ledger.kept_ids),
             say=lambda text: log.info("%s", _printable(text)),
+            warn=lambda text: context.warn(_printable(text)),
         )
-        asyncio.run(loop.run(_waiting(prompts, done), record))
+        asyncio.run(loop.run(prompts.rows(~done), record))
     return reasons
-
-
-def _waiting(prompts: Prompts, done: set[str]) -> Iterator[Row]:
-    for number, row in enumerate(prompts.rows()):
-        if number == prompts.asked:
-            return
-        if row.id not in done:
-            yield row
 
 
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def _kept(outcome: Outcome, backend: Backend, domain: Domain) -> dict[str, Any]:
+def _kept(outcome: Outcome, backend: Backend) -> dict[str, Any]:
     row, completion = outcome.row, outcome.completion
     assert completion is not None
     # The fingerprint stands first: a resume finds it without parsing the row.
@@ -170,7 +185,7 @@ def _kept(outcome: Outcome, backend: Backend, domain: Domain) -> dict[str, Any]:
         "seconds": completion.seconds,
         "attempts": outcome.attempts,
         "repaired": outcome.repaired,
-        "facts": _check(domain, row.meta, row.type, outcome.text),
+        "facts": _facts(outcome.facts),
     }
     return {
         "id": row.id,
@@ -192,16 +207,10 @@ def _rejected(outcome: Outcome, backend: Backend) -> dict[str, Any]:
     return {"id": row.id, "messages": row.prompt, "meta": row.meta, **row.rest, "rejected": rejected}
 
 
-def _facts(domain: Domain, row: Row, meta: Mapping[str, Any]) -> dict[str, Any]:
-    return _check(domain, meta, row.type, row.answer or "")
-
-
-def _check(domain: Domain, meta: Mapping[str, Any], prompt_type: str | None, text: str) -> dict[str, Any]:
+def _facts(checked: FactCheck | None) -> dict[str, Any]:
     """What the answer says of its record; the same keys in every row, whether or not there is a record."""
-    record = meta.get("record")
-    if prompt_type is None or not isinstance(record, dict):
+    if checked is None:
         return {"recall": None, "unsupported": []}
-    checked = domain.check_facts(record, prompt_type, text)
     recall = None if checked.recall is None else round(checked.recall, 4)
     return {"recall": recall, "unsupported": list(checked.unsupported)}
 
@@ -238,10 +247,9 @@ def _report(
     settled: Settled,
     reasons: Counter[str],
 ) -> Result:
-    kept = sum(identity in ledger.kept_ids for identity in prompts.chosen())
-    rejected = sum(
-        identity in ledger.rejected_ids and identity not in ledger.kept_ids for identity in prompts.chosen()
-    )
+    answered = prompts.among(ledger.kept_ids)
+    kept = int(answered.sum())
+    rejected = int((prompts.among(ledger.rejected_ids) & ~answered).sum())
     if kept + rejected != prompts.asked:
         raise UserError("the prompts changed while they were asked", where=config.in_, hint="start again")
     _say_what_was_settled(context, prompts, ledger, settled)

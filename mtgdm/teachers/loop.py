@@ -3,6 +3,8 @@
 A row ends as kept or as rejected with a reason; one bad row never stops the others. What stops the run
 is a teacher that cannot be asked: told so by the backend (Unavailable), or seen as the same failure row
 after row. Rows that only failed because the teacher was gone are not written: they are asked again.
+
+A row that waits before its next try holds no place among those in flight; another is asked meanwhile.
 """
 
 from __future__ import annotations
@@ -11,19 +13,21 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from mtgdm.domain import answer_problem
 from mtgdm.teachers.cleaning import cleaned
+from mtgdm.teachers.endpoints import Endpoint, Endpoints
+from mtgdm.teachers.judgement import Judge
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from mtgdm.domain import Domain, Message
+    from mtgdm.domain import Domain, FactCheck, Message
     from mtgdm.rows import Row
     from mtgdm.teachers.seam import Backend, TeacherSettings
 
@@ -31,16 +35,18 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 """Pauses double from the first to the longest: six retries wait out a server's restart of half a minute."""
 LONGEST_RETRY_AFTER_S = 300.0
+FIRST_RETRIES = 3
+"""So often a failure is tried again before the teacher has answered anything: a wrong start is told soon."""
 SAME_FAILURES = 5
 """So many rows in a row lost to the same failure, and the run stops instead of rejecting thousands."""
+FIRST_REJECTED = 20
+"""So many answers rejected and none kept, and the user is told before the night is over."""
 
 CORRECTION = (
     "This answer cannot be used: {problem}. Answer the question again, in full and in the language it asks "
     "for, with this corrected. Output nothing but the answer."
 )
 SHORTER = "(The answer must be complete within {max_tokens} tokens: be brief.)"
-
-T = TypeVar("T")
 
 
 class Failure(Enum):
@@ -64,8 +70,12 @@ class Outcome:
     """Requests that were sent for this row."""
     repaired: bool = False
     """Whether the kept answer came from the repair turn."""
+    facts: FactCheck | None = None
+    """What the kept answer says of its record."""
     reason: str | None = None
     failure: Failure | None = None
+    lost: bool = False
+    """Whether the teacher was not even reached, the last time it was tried."""
     hint: str | None = None
 
 
@@ -76,39 +86,58 @@ class _Asking:
     row: Row
     options: Options
     contract: type[BaseModel] | None
+    endpoint: Endpoint | None
+    """The place among those in flight that the next question takes."""
     attempts: int = 0
     completion: Completion | None = None
     text: str = ""
+    facts: FactCheck | None = None
 
 
 class Loop:
-    """Asks a backend for the answer to each row, `settings.concurrency` at a time."""
+    """Asks a teacher for the answer to each row, `settings.concurrency` at a time at most."""
 
     def __init__(
         self,
-        backend: Backend,
+        backends: Sequence[Backend],
         domain: Domain,
         settings: TeacherSettings,
+        judge: Judge,
         *,
         answered_before: bool = False,
         say: Callable[[str], None] = lambda text: None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`answered_before`: this teacher has kept rows of an earlier run. `say` hears of every retry."""
-        self._backend = backend
+        """`backends`: one for each address. `answered_before`: this teacher has kept rows of an earlier run.
+
+        `say` hears of every retry, `warn` of what the user should look at.
+        """
+        self._endpoints = Endpoints(backends, settings.concurrency)
         self._domain = domain
         self._settings = settings
+        self._judge = judge
         self._say = say
-        # Jitter keeps workers from knocking all at once; it shapes no answer.
+        self._warn = warn
+        # Jitter keeps rows from knocking all at once; it shapes no answer.
         self._jitter = random.Random()
-        self._answered = answered_before
+        self._answered_before = answered_before
+        self._answers = 0
+        self._kept = 0
         self._held: list[Outcome] = []
+        self._again: deque[Row] = deque()
+
+    @property
+    def in_flight(self) -> int:
+        """Questions that are being answered just now."""
+        return self._endpoints.in_flight
 
     async def run(self, rows: Iterator[Row], record: Callable[[Outcome], None]) -> None:
         """Ask for every row; `record` gets each outcome as it comes, in no particular order."""
-        async with self._backend:
+        async with self._endpoints:
             await self._check()
+            # Twice as many tasks as may be in flight: the other half takes over where rows wait for their next try.
             workers = [
-                asyncio.create_task(self._work(rows, record)) for _ in range(self._settings.concurrency)
+                asyncio.create_task(self._work(rows, record)) for _ in range(2 * self._settings.concurrency)
             ]
             try:
                 await asyncio.gather(*workers)
@@ -116,31 +145,44 @@ class Loop:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
-            for outcome in self._held:
-                record(outcome)
+            self._give_up_held(record)
 
     async def _check(self) -> None:
-        try:
-            await self._backend.check()
-        except (Retryable, Refused) as error:
-            # The first questions will tell, with all their retries: a check may fail where they do not.
-            self._say(f"the check failed, asking all the same: {error}")
+        """Ask every endpoint whether it is there; Unavailable where none is."""
+        failed: list[Unavailable] = []
+        for endpoint in self._endpoints.all:
+            try:
+                await endpoint.backend.check()
+            except (Retryable, Refused) as error:
+                # The first questions will tell, with all their retries: a check may fail where they do not.
+                self._say(f"the check of {endpoint.name} failed, asking all the same: {error}")
+            except Unavailable as error:
+                failed.append(error)
+                if len(failed) == len(self._endpoints.all):
+                    raise
+                self._set_aside(endpoint, str(error))
 
     async def _work(self, rows: Iterator[Row], record: Callable[[Outcome], None]) -> None:
-        for row in rows:
-            outcome = await self._ask(row)
+        while True:
+            endpoint = await self._endpoints.take()
+            row = self._again.popleft() if self._again else next(rows, None)
+            if row is None:
+                self._endpoints.give_back(endpoint)
+                return
+            outcome = await self._ask(row, endpoint)
             for proved in self._proved(outcome):
                 record(proved)
             await asyncio.sleep(0)  # a backend that never waits must not keep Ctrl-C out
 
     # --- one row ---------------------------------------------------------------------------------
 
-    async def _ask(self, row: Row) -> Outcome:
+    async def _ask(self, row: Row, endpoint: Endpoint) -> Outcome:
         settings = self._settings
         asking = _Asking(
             row,
             Options(settings.temperature, settings.top_p, settings.seed, settings.max_tokens, row),
             self._domain.contract(row.type) if row.type is not None else None,
+            endpoint,
         )
         try:
             problem = await self._answer(asking, row.prompt)
@@ -149,34 +191,25 @@ class Loop:
                 self._say(f"{row.id} is asked again: {problem}")
                 problem = await self._answer(asking, self._repair(asking, problem))
         except Refused as error:
-            return self._lost(asking, str(error), Failure.REFUSED, error.hint)
+            return self._lost(asking, str(error), Failure.REFUSED, hint=error.hint)
         except Retryable as error:
-            return self._lost(asking, str(error), Failure.EXHAUSTED)
+            return self._lost(asking, str(error), Failure.EXHAUSTED, lost=error.lost)
         if problem is not None:
             return self._lost(asking, problem, Failure.ANSWER)
-        return Outcome(row, asking.completion, asking.text, asking.attempts, repaired=repaired)
+        return Outcome(
+            row, asking.completion, asking.text, asking.attempts, repaired=repaired, facts=asking.facts
+        )
 
     async def _answer(self, asking: _Asking, messages: list[Message]) -> str | None:
         """Ask, and say what is wrong with the answer."""
-
-        async def once() -> Completion:
-            asking.attempts += 1
-            completion = await self._backend.answer(messages, asking.contract, asking.options)
-            asking.completion = completion
-            asking.text = cleaned(completion.text, is_json=asking.contract is not None)
-            if not asking.text and completion.finish_reason != "length":
-                raise Retryable("the answer is empty", another_seed=True)
-            return completion
-
-        def another_seed() -> None:
-            asking.options = replace(asking.options, seed=asking.options.seed + 1)
-
-        completion = await self._retried(once, asking.row.id, another_seed)
+        completion = await self._retried(asking, messages)
         if completion.finish_reason == "length":
             return f"the answer was cut at {completion.output_tokens or asking.options.max_tokens} tokens"
         if completion.finish_reason != "stop":
             return f"the answer ended with '{completion.finish_reason}'"
-        return answer_problem(self._domain, asking.row.type, asking.text)
+        judgement = self._judge.judge(asking.row, asking.text)
+        asking.facts = judgement.facts
+        return judgement.problem
 
     def _repair(self, asking: _Asking, problem: str) -> list[Message]:
         """The question once more: after its own answer and what is wrong with it, or asked to be brief."""
@@ -193,7 +226,9 @@ class Loop:
         ]
 
     @staticmethod
-    def _lost(asking: _Asking, reason: str, failure: Failure, hint: str | None = None) -> Outcome:
+    def _lost(
+        asking: _Asking, reason: str, failure: Failure, *, lost: bool = False, hint: str | None = None
+    ) -> Outcome:
         return Outcome(
             asking.row,
             asking.completion,
@@ -201,36 +236,78 @@ class Loop:
             asking.attempts,
             reason=reason,
             failure=failure,
+            lost=lost,
             hint=hint,
         )
 
     # --- tried again -----------------------------------------------------------------------------
 
-    async def _retried(
-        self,
-        once: Callable[[], Awaitable[T]],
-        what: str,
-        another_seed: Callable[[], None] = lambda: None,
-    ) -> T:
+    async def _retried(self, asking: _Asking, messages: list[Message]) -> Completion:
+        """The completion of one question, asked until it comes or the retries are used up."""
         tries = 0
         while True:
+            endpoint = asking.endpoint or await self._endpoints.take(first=True)
+            asking.endpoint = None
             started = time.monotonic()
             try:
-                async with asyncio.timeout(self._settings.timeout_s):
-                    return await once()
-            except TimeoutError:
-                error = Retryable(f"no answer within {self._settings.timeout_s:g} s")
+                return await self._once(asking, messages, endpoint)
             except Retryable as failed:
                 error = failed
-            if tries >= self._settings.retries:
+            except Unavailable as unavailable:
+                if not self._others(endpoint):
+                    raise
+                self._set_aside(endpoint, str(unavailable))
+                continue
+            if error.lost and self._others(endpoint):
+                self._set_aside(endpoint, str(error))
+                continue
+            if tries >= (
+                self._settings.retries if self._answers else min(FIRST_RETRIES, self._settings.retries)
+            ):
                 raise error
             if error.another_seed:
-                another_seed()
+                asking.options = replace(asking.options, seed=asking.options.seed + 1)
             pause_s = self._pause_s(tries, error.retry_after_s)
             tries += 1
             elapsed_s = time.monotonic() - started
-            self._say(f"{what}: {error} after {elapsed_s:.2f} s, try {tries + 1} in {pause_s:.1f} s")
+            self._say(f"{asking.row.id}: {error} after {elapsed_s:.2f} s, try {tries + 1} in {pause_s:.1f} s")
             await asyncio.sleep(pause_s)
+
+    async def _once(self, asking: _Asking, messages: list[Message], endpoint: Endpoint) -> Completion:
+        """One question over one endpoint, which learns from how it ends."""
+        backend, limit = endpoint.backend, endpoint.limit
+        window = limit.window
+        busy = False
+        asking.attempts += 1
+        try:
+            async with asyncio.timeout(self._settings.timeout_s if backend.timed else None):
+                completion = await backend.answer(messages, asking.contract, asking.options)
+        except TimeoutError as error:
+            busy = True
+            raise Retryable(f"no answer within {self._settings.timeout_s:g} s") from error
+        except Retryable as error:
+            busy = error.overloaded
+            if not error.lost:
+                endpoint.reached()
+            raise
+        else:
+            endpoint.reached()
+        finally:
+            limit.note(window, busy=busy)
+            self._endpoints.give_back(endpoint)
+        asking.completion = completion
+        asking.text = cleaned(completion.text, is_json=asking.contract is not None)
+        if not asking.text and completion.finish_reason != "length":
+            raise Retryable("the answer is empty", another_seed=True)
+        return completion
+
+    def _others(self, endpoint: Endpoint) -> bool:
+        """Whether another endpoint can be asked in the place of this one."""
+        return any(other is not endpoint and not other.aside for other in self._endpoints.all)
+
+    def _set_aside(self, endpoint: Endpoint, why: str) -> None:
+        if endpoint.lost():
+            self._warn(f"{endpoint.name} is left aside for a while: {why}")
 
     def _pause_s(self, tries: int, retry_after_s: float | None) -> float:
         pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**tries) * self._jitter.uniform(0.5, 1.0)
@@ -245,22 +322,47 @@ class Loop:
         a row the teacher would not answer, never one it was not there to answer.
         """
         if outcome.failure in (None, Failure.ANSWER):
-            self._answered = True
-            ready, self._held = [*self._held, outcome], []
-            return ready
-        if outcome.failure is Failure.REFUSED and self._answered:
+            return self._answered(outcome)
+        if outcome.failure is Failure.REFUSED and (self._answers or self._answered_before):
             return [outcome]
         if self._held and _kind(self._held[0]) != _kind(outcome):
             ready, self._held = self._held, [outcome]
             return ready
         self._held.append(outcome)
         if len(self._held) >= SAME_FAILURES:
-            when = "since the last answer" if self._answered else "and none was answered"
-            raise Unavailable(
-                f"{len(self._held)} rows failed in the same way {when}: {outcome.reason}",
-                hint=outcome.hint or "mend the teacher and start again: what is finished is kept",
-            )
+            raise self._gone()
         return []
+
+    def _answered(self, outcome: Outcome) -> list[Outcome]:
+        self._answers += 1
+        self._kept += outcome.failure is None
+        if self._answers == FIRST_REJECTED and not self._kept:
+            self._warn(
+                f"the first {FIRST_REJECTED} answers were all rejected, the last for: {outcome.reason}"
+            )
+        ready, self._held = self._held, []
+        if self._answers == 1:
+            # These were tried FIRST_RETRIES times only.
+            self._again.extend(one.row for one in ready if one.failure is Failure.EXHAUSTED)
+            ready = [one for one in ready if one.failure is not Failure.EXHAUSTED]
+        return [*ready, outcome]
+
+    def _give_up_held(self, record: Callable[[Outcome], None]) -> None:
+        """The end of a run that no answer followed: rows the teacher was not there for are not rejected."""
+        last = self._held[-1] if self._held else None
+        if last and last.failure is Failure.EXHAUSTED and (last.lost or not self._answers):
+            raise self._gone()
+        for outcome in self._held:
+            record(outcome)
+
+    def _gone(self) -> Unavailable:
+        count, last = len(self._held), self._held[-1]
+        failed = f"{count} rows failed in the same way" if count > 1 else "a row failed"
+        when = "since the last answer" if self._answers or self._answered_before else "and none was answered"
+        return Unavailable(
+            f"{failed} {when}: {last.reason}",
+            hint=last.hint or "mend the teacher and start again: what is finished is kept",
+        )
 
 
 def _kind(outcome: Outcome) -> str:

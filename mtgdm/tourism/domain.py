@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from mtgdm.domain import BadRecord, Domain, FactCheck, Prompt, Record
+from mtgdm.domain import BadRecord, Domain, FactCheck, Prompt, Record, Script
 from mtgdm.tourism import answers, prose, spots, templates
 from mtgdm.tourism.facts import check_facts
 
@@ -35,6 +35,10 @@ class Tourism(Domain):
     def prose_problem(self, prompt_type: str, text: str) -> str | None:
         """What is wrong with a bilingual answer."""
         return prose.problem(text) if prompt_type == "bilingual" else None
+
+    def script(self, prompt_type: str) -> Script | None:
+        """Chinese where the answer is JSON; the bilingual type has a check of its own."""
+        return "Han" if prompt_type in templates.CONTRACTS else None
 
     def check_facts(self, facts: Mapping[str, Any], prompt_type: str, text: str) -> FactCheck:
         """Compare a text with the record it was written from."""

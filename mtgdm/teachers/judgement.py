@@ -1,0 +1,98 @@
+"""Whether an answer is kept: its contract, its language, and what it says of its record."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mtgdm.domain import FactCheck, answer_problem
+
+if TYPE_CHECKING:
+    from mtgdm.domain import Domain, Script
+    from mtgdm.rows import Row
+
+FOREIGN_WORDS = 40
+"""So much text in another script is a language of its own; fewer words are names and units."""
+NAMED = 8
+"""So many facts are named in a reason, which the teacher reads in its repair turn."""
+
+_KEYS = re.compile(r'"\w+"\s*:')
+_HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+_KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\u1100-\u11ff\uac00-\ud7af]+")
+_OTHER_WORD = re.compile(
+    r"(?:(?![\u1100-\u11ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff])[^\W\d_]){2,}"
+)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was found: why the answer is not kept, or None; and its facts, where there is a record."""
+
+    problem: str | None
+    facts: FactCheck | None = None
+
+
+class Judge:
+    """Judges answers as they come."""
+
+    def __init__(
+        self, domain: Domain, *, min_fact_recall: float = 0.0, max_unsupported: int | None = None
+    ) -> None:
+        """`min_fact_recall`: share of the record's facts, 0 to 1; `max_unsupported`: claims, None for any number."""
+        self._domain = domain
+        self._min_fact_recall = min_fact_recall
+        self._max_unsupported = max_unsupported
+
+    def judge(self, row: Row, text: str) -> Judgement:
+        """What is wrong with an answer to this row's prompt, the gravest first."""
+        problem = answer_problem(self._domain, row.type, text)
+        if problem is None and row.type is not None:
+            problem = script_problem(text, self._domain.script(row.type))
+        if problem is not None:
+            return Judgement(problem)
+        facts = self.facts(row.meta, row.type, text)
+        return Judgement(None if facts is None else self._fact_problem(facts), facts)
+
+    def facts(self, meta: Mapping[str, Any], prompt_type: str | None, text: str) -> FactCheck | None:
+        """What the answer says of the record it was made from; None where the row carries none."""
+        record = meta.get("record")
+        if prompt_type is None or not isinstance(record, dict):
+            return None
+        return self._domain.check_facts(record, prompt_type, text)
+
+    def _fact_problem(self, facts: FactCheck) -> str | None:
+        if facts.recall is not None and facts.recall < self._min_fact_recall:
+            return (
+                f"the answer tells {len(facts.found)} of {len(facts.found) + len(facts.missing)} facts of the record, "
+                f"less than {self._min_fact_recall:g}; missing: {_named(facts.missing)}"
+            )
+        if self._max_unsupported is not None and len(facts.unsupported) > self._max_unsupported:
+            return (
+                f"the answer makes {len(facts.unsupported)} claims that the record does not support, "
+                f"more than {self._max_unsupported}: {_named(facts.unsupported)}"
+            )
+        return None
+
+
+def script_problem(text: str, script: Script | None) -> str | None:
+    """Why a text is in another language than was asked for, by its script; None where it is not.
+
+    Han characters, kana and hangul count one each, words of alphabets as one; keys of JSON count nothing.
+    """
+    if script is None:
+        return None
+    text = _KEYS.sub("", text)
+    han = sum(map(len, _HAN.findall(text)))
+    others = sum(map(len, _KANA_OR_HANGUL.findall(text))) + len(_OTHER_WORD.findall(text))
+    wanted, foreign = (han, others) if script == "Han" else (others, han)
+    if foreign >= FOREIGN_WORDS and foreign > wanted:
+        name = "Chinese" if script == "Han" else "letters"
+        return f"the answer is not in {name}: {wanted} characters or words of it, {foreign} of other scripts"
+    return None
+
+
+def _named(facts: Sequence[str]) -> str:
+    more = f" and {len(facts) - NAMED} more" if len(facts) > NAMED else ""
+    return ", ".join(facts[:NAMED]) + more

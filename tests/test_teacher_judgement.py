@@ -1,0 +1,141 @@
+"""Which answers are kept: their language, and how they agree with their record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mtgdm import plugins
+from mtgdm.domain import Script
+from mtgdm.rows import row_id
+from mtgdm.stages import teacher
+from mtgdm.teachers.judgement import script_problem
+from mtgdm.testing import run
+from tests.conftest import read_rows, write_lines
+from tests.ollama_server import OllamaServer, Question
+from tests.teacher_domain import find, right_answer, run_teacher, write_prompts
+
+ENGLISH = (
+    "The lake lies west of the old town and has been praised by poets for a thousand years. Its causeways were "
+    "built from dredged mud, first in the Tang dynasty and again in the Song, and visitors still walk them in "
+    "spring when the peach trees flower. Take the metro to Longxiangqiao station and allow half a day."
+)
+CHINESE = "西湖位于杭州市西部，白居易与苏轼先后主持疏浚，白堤、苏堤由此而来。春季桃红柳绿，适合步行。"
+
+
+@pytest.mark.parametrize(
+    ("text", "script", "wrong"),
+    [
+        (ENGLISH, "Han", True),
+        (CHINESE, "Han", False),
+        (CHINESE + "（West Lake, UNESCO World Heritage Site, Hangzhou Metro Line 1, Longxiangqiao）", "Han", False),
+        ("West Lake", "Han", False),
+        (CHINESE * 2, "alphabetic", True),
+        (ENGLISH, "alphabetic", False),
+        (ENGLISH, None, False),
+        ("むかしむかしあるところにおじいさんとおばあさんがいました。" * 2, "Han", True),
+        ("Западное озеро лежит к западу от старого города, и поэты воспевали его тысячу лет. " * 4, "Han", True),
+        ("", "Han", False),
+    ],
+)  # fmt: skip
+def test_an_answer_in_another_script_than_was_asked_for_is_noticed(
+    text: str, script: Script | None, wrong: bool
+) -> None:
+    assert (script_problem(text, script) is not None) == wrong
+
+
+def test_the_keys_of_a_json_answer_are_no_words_of_a_language() -> None:
+    answer = {
+        "attractions": [{"name": "断桥", "type": "桥", "desc": "白堤东端", "lat": None, "lon": None}] * 12
+    }
+    assert script_problem(json.dumps(answer, ensure_ascii=False), "Han") is None
+    english = {"attractions": [{"name": "Broken Bridge", "type": "bridge", "desc": ENGLISH}]}
+    assert script_problem(json.dumps(english), "Han") == (
+        "the answer is not in Chinese: 0 characters or words of it, 59 of other scripts"
+    )
+
+
+def test_an_english_answer_to_a_chinese_prompt_is_repaired_in_a_second_turn(tmp_path: Path) -> None:
+    spot = {"name": "西湖", "province": "浙江省"}
+    messages = [{"role": "user", "content": "请用中文介绍西湖。"}]
+    meta = {"spot": "西湖", "province": "浙江省", "type": "general", "split": "train"}
+    write_lines(
+        tmp_path / "data" / "prompts.jsonl", {"id": row_id(messages), "messages": messages, "meta": meta}
+    )
+
+    def answer(question: Question) -> str:
+        history = ENGLISH if question.number == 0 else CHINESE
+        lists = ("culture", "logistics", "tickets_hours", "photo_spots", "attractions", "routes", "myths")
+        geo = {"lat": None, "lon": None, "hint": "未知"}
+        whole = {**spot, "history": [history], **{key: [] for key in lists}, "geo": geo}
+        return json.dumps(whole, ensure_ascii=False)
+
+    with OllamaServer(answer) as server:
+        run(teacher.run, tmp_path, backend="ollama", model="teacher:7b", url=server.url)
+        correction = server.asked[1]
+    (row,) = read_rows(tmp_path / "data" / "teacher.jsonl")
+    assert CHINESE in row["messages"][-1]["content"]
+    assert row["meta"]["teacher"]["repaired"] is True
+    assert "the answer is not in Chinese" in correction
+
+
+# --- facts -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gardens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "find", find)
+
+
+def year_wrong(question: Question) -> str:
+    """The third garden is said to be of another year than its record has; told so, the teacher corrects itself."""
+    answer = right_answer(question)
+    return answer.replace("1102", "1999") if len(question.body["messages"]) == 2 else answer
+
+
+def test_by_default_an_answer_that_disagrees_with_its_record_is_kept_and_said_so(
+    tmp_path: Path, gardens: None
+) -> None:
+    write_prompts(tmp_path, 3)
+    with OllamaServer(year_wrong) as server:
+        run_teacher(tmp_path, backend="ollama", model="teacher:7b", url=server.url, concurrency=1)
+    facts = [row["meta"]["teacher"]["facts"] for row in read_rows(tmp_path / "data" / "teacher.jsonl")]
+    assert facts[:4] == [{"recall": 1.0, "unsupported": []}] * 4
+    assert facts[4:] == [{"recall": 0.0, "unsupported": ["1999"]}] * 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (
+            {"min_fact_recall": 0.5},
+            "the answer tells 0 of 1 facts of the record, less than 0.5; missing: 1102",
+        ),
+        ({"max_unsupported": 0}, "claims that the record does not support, more than 0: 1999"),
+    ],
+)
+def test_a_threshold_asks_the_teacher_to_correct_itself(
+    tmp_path: Path, gardens: None, setting: dict[str, float], words: str
+) -> None:
+    write_prompts(tmp_path, 3)
+    with OllamaServer(year_wrong) as server:
+        run_teacher(tmp_path, backend="ollama", model="teacher:7b", url=server.url, concurrency=1, **setting)
+        corrections = [question for question in server.asked if words in question]
+    rows = [row["meta"]["teacher"] for row in read_rows(tmp_path / "data" / "teacher.jsonl")]
+    assert [row["facts"]["recall"] for row in rows] == [1.0] * 6
+    assert [row["repaired"] for row in rows] == [False] * 4 + [True] * 2
+    assert len(corrections) == 2
+
+
+def test_an_answer_that_stays_below_the_threshold_is_put_aside(tmp_path: Path, gardens: None) -> None:
+    write_prompts(tmp_path, 3)
+    with OllamaServer(lambda question: right_answer(question).replace("1102", "1999")) as server:
+        done = run_teacher(
+            tmp_path, backend="ollama", model="teacher:7b", url=server.url, min_fact_recall=0.5
+        )
+    assert done.result.counts == done.result.counts | {"kept": 4, "rejected": 2}
+    rejected = read_rows(tmp_path / "data" / "teacher.rejected.jsonl")
+    assert all("missing: 1102" in row["rejected"]["reason"] for row in rejected)
+    assert all("1999" in row["rejected"]["text"] for row in rejected)
