@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import unicodedata
@@ -12,11 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, cast
 
 from mtgdm.errors import BadRow, UserError
+
+if TYPE_CHECKING:
+    from mtgdm.row_ids import Block, IdList
 
 Split = Literal["train", "val", "test"]
 
@@ -28,11 +33,14 @@ TEST_RATIO = 0.1
 FSYNC_INTERVAL_S = 1.0
 _NO_ROOM = "make room on the disk, or write elsewhere; then run the same command again"
 _ROLES = frozenset({"system", "user", "assistant"})
-_ID_PREFIX = b'{"id": "'
 _ID_LENGTH = 24
+_OUR_FORM = re.compile(rb'\{"id": "([0-9a-f]{24})".*\}', re.DOTALL)
 _MANIFEST = ".manifest.json"
 _BOM = b"\xef\xbb\xbf"
 _WHITE = b" \t\r\n"
+# Made once: `json.dumps` with settings of its own makes an encoder at every call.
+_encoded = json.JSONEncoder(ensure_ascii=False).encode
+_encoded_tightly = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 # --- identity ------------------------------------------------------------------------------------
@@ -41,8 +49,8 @@ _WHITE = b" \t\r\n"
 def row_id(messages: Sequence[dict[str, str]]) -> str:
     """24 hex digits of the SHA-256 over the messages, a last assistant turn left out."""
     prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-    text = json.dumps([[m["role"], m["content"]] for m in prompt], ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_ID_LENGTH]
+    text = _encoded_tightly([[m["role"], m["content"]] for m in prompt])
+    return hashlib.sha256(_utf8(text)).hexdigest()[:_ID_LENGTH]
 
 
 def split_of(
@@ -113,15 +121,46 @@ class Row:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold something, with their numbers; split at `\\n` alone, BOM and `\\r` removed."""
+def read_lines(path: Path, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, bytes]]:
+    """The lines that hold something, with their numbers; split at `\\n` alone, BOM and `\\r` removed.
+
+    `numbers`, ascending, takes these lines alone.
+    """
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            line = line.strip(_WHITE)
-            if line:
-                yield number, line
+        for number, line in enumerate(file, start=1) if numbers is None else _picked(file, numbers):
+            stripped = _stripped(number, line)
+            if stripped:
+                yield number, stripped
+
+
+def _picked(file: BinaryIO, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    before = 0
+    for number in numbers:
+        yield number, next(islice(file, number - before - 1, None), b"")
+        before = number
+
+
+def _stripped(number: int, line: bytes) -> bytes:
+    return (line.removeprefix(_BOM) if number == 1 else line).strip(_WHITE)
+
+
+def read_blocks(path: Path) -> Iterator[Block]:
+    """The lines that hold something, with the ids of their rows, many at once.
+
+    A line that begins and ends as ours do is not parsed: its id is taken as it stands there.
+    """
+    from mtgdm import row_ids
+
+    with _open(path) as file:
+        for block in row_ids.read_blocks(file):
+            for place in (~block.ours).nonzero()[0].tolist():
+                number, line = block.line(place)
+                stripped = _stripped(number, line)
+                start = block.spans[place, 0] + line.find(stripped)
+                block.spans[place] = start, start + len(stripped)
+                if stripped:
+                    block.ids[place] = bytes.fromhex(_line_id(path, number, stripped))
+            yield block if block.ours.all() else block.filled()
 
 
 def parse_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -139,14 +178,16 @@ def parse_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return value
 
 
-def read_rows(path: Path, *, answered: bool | None = None) -> Iterator[Row]:
-    """The rows of a file, one at a time.
+def read_rows(
+    path: Path, *, answered: bool | None = None, numbers: Iterable[int] | None = None
+) -> Iterator[Row]:
+    """The rows of a file, one at a time; `numbers`, ascending, takes those of these lines alone.
 
     `answered=True` demands that each row ends with the assistant's answer, False that none does,
     None takes both. Files of the original pipeline (no `id`) are accepted: the id is computed.
     Raises BadRow with `file:line`, or UserError where there is no such file.
     """
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, numbers):
         row = _row(path, number, parse_object(path, number, line))
         if answered is True and row.answer is None:
             raise row.bad(
@@ -204,11 +245,14 @@ def _open(path: Path) -> BinaryIO:
 
 def encode(value: dict[str, Any]) -> bytes:
     """One row as a line of UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
-    text = json.dumps(value, ensure_ascii=False)
+    return _utf8(_encoded(value)) + b"\n"
+
+
+def _utf8(text: str) -> bytes:
     try:
-        return text.encode("utf-8") + b"\n"
+        return text.encode("utf-8")
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8") + b"\n"
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
 
 
 def manifest_path(output: Path) -> Path:
@@ -296,15 +340,24 @@ class Journal:
 
     Each row is one unbuffered write; a thread makes the file durable once a second. Opening repairs
     what a kill left: a torn last line is cut off (or completed where only the newline is missing).
-    `ids` are the rows that are there. The manifest of the file goes away with the first append, for
+    `ids` are the rows that are there, an IdSet. The manifest of the file goes away with the first append, for
     the file is no longer what the manifest speaks of.
     """
 
-    def __init__(self, path: Path, *, inspect: Callable[[int, bytes], None] | None = None) -> None:
-        """Open for appending. `inspect` sees every line that is already there, with its number."""
+    def __init__(
+        self, path: Path, *, inspect: Callable[[int, bytes], None] | None = None, known: bytes = b""
+    ) -> None:
+        """Open for appending.
+
+        `inspect` sees the lines that are already there, with their numbers. Where `known` is given, it is
+        what stands once in a line that need not be seen, and a block of such lines is passed over.
+        """
+        from mtgdm.row_ids import IdSet
+
         self.path = path
-        self.ids: set[str] = set()
+        self.ids = IdSet()
         self._inspect = inspect
+        self._known = known
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._unsynced = False
@@ -376,10 +429,17 @@ class Journal:
                 file.truncate(end)
 
     def _scan(self) -> None:
-        for number, line in read_lines(self.path):
-            self.ids.add(_line_id(self.path, number, line))
+        from mtgdm.row_ids import IdSet
+
+        keys = bytearray()
+        for block in read_blocks(self.path):
+            keys += block.ids.tobytes()
+            if self._known and block.data.count(self._known) == len(block):
+                continue
             if self._inspect is not None:
-                self._inspect(number, line)
+                for number, line in block.lines():
+                    self._inspect(number, line)
+        self.ids = IdSet(keys)
 
     def _sync_regularly(self) -> None:
         while not self._closing.wait(FSYNC_INTERVAL_S):
@@ -404,37 +464,23 @@ class Journal:
 
 def _line_id(path: Path, number: int, line: bytes) -> str:
     """The id of a row from the first bytes of its line; lines of another form are parsed."""
-    end = len(_ID_PREFIX) + _ID_LENGTH
-    if line.startswith(_ID_PREFIX) and line[end : end + 1] == b'"' and line.endswith(b"}"):
-        return line[len(_ID_PREFIX) : end].decode("ascii", "replace")
+    if ours := _OUR_FORM.fullmatch(line):
+        return ours[1].decode("ascii")
     return _row(path, number, parse_object(path, number, line)).id
 
 
-def put_in_order(path: Path, ids: Iterable[str]) -> None:
+def put_in_order(path: Path, ids: IdList | Iterable[str]) -> None:
     """Rewrite a journal in the order of `ids`, atomically; rows of other ids keep their order at the end.
 
     Where an id stands on several lines the last one counts. A file already in order is left alone.
     """
-    offsets: dict[str, tuple[int, int]] = {}
-    with path.open("rb") as file:
-        place = 0
-        lines = 0
-        for number, line in enumerate(file, start=1):
-            mark = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
-            stripped = line[mark:].strip(_WHITE)
-            if stripped:
-                identity = _line_id(path, number, stripped)
-                offsets.pop(identity, None)
-                offsets[identity] = (place + mark, len(line) - mark)
-                lines += 1
-            place += len(line)
-    order: dict[str, None] = dict.fromkeys(identity for identity in ids if identity in offsets)
-    order.update(dict.fromkeys(offsets))
-    if lines == len(order) and list(order) == list(offsets):
+    from mtgdm.row_ids import IdList, spans_in_order
+
+    spans = spans_in_order(read_blocks(path), ids if isinstance(ids, IdList) else IdList.of(ids))
+    if spans is None:
         return
     # The source is closed before the replacement takes its place: Windows renames over no open file.
     with replace(path) as target, path.open("rb") as source:
-        for identity in order:
-            start, length = offsets[identity]
+        for start, end in spans:
             source.seek(start)
-            target.write(source.read(length).rstrip(b"\r\n") + b"\n")
+            target.write(source.read(end - start) + b"\n")

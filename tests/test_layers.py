@@ -13,7 +13,7 @@ import mtgdm
 
 PACKAGE = Path(mtgdm.__file__).parent
 LAYERS = [
-    {"errors", "rows", "manifest", "plugins", "shipped"},
+    {"errors", "rows", "row_ids", "manifest", "plugins", "shipped"},
     {"stage", "domain", "profiles", "terminal", "checkpoints"},
     {"tourism", "teachers", "student", "scoring", "export", "charts", "reports"},
     {"stages"},

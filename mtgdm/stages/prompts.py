@@ -14,6 +14,8 @@ from mtgdm import rows
 from mtgdm.domain import Record
 from mtgdm.errors import BadRow, UserError
 from mtgdm.stage import Context, Input, Output, Result, StageConfig, stage
+from mtgdm.teachers.ledger import LONGEST_PROMPT
+from mtgdm.teachers.tokens import prompt_at_most
 
 SHOWN_BAD_LINES = 5
 """So many bad lines are shown one by one; the log has them all."""
@@ -71,8 +73,11 @@ def run(config: PromptsConfig, context: Context) -> Result:
         if len(skipped) <= SHOWN_BAD_LINES:
             context.terminal.warn(f"skipped {bad}")
 
+    from mtgdm.row_ids import IdSet
+
     counts: Counter[str] = Counter()
-    seen: set[str] = set()
+    seen = IdSet()
+    longest = 0
     splits: dict[str, rows.Split] = {}
     with rows.replace(config.out) as file, context.progress(config.limit or None, "spots") as bar:
         for record in _limited(context.domain.read(config.spots, on_bad), config.limit):
@@ -87,6 +92,7 @@ def run(config: PromptsConfig, context: Context) -> Result:
                     counts["duplicates"] += 1
                     continue
                 seen.add(identity)
+                longest = max(longest, prompt_at_most(prompt.messages))
                 counts["prompts"] += 1
                 counts[split] += 1
                 meta = {
@@ -115,6 +121,7 @@ def run(config: PromptsConfig, context: Context) -> Result:
             "test": counts["test"],
             "duplicates": counts["duplicates"],
             "skipped": len(skipped),
+            LONGEST_PROMPT: longest,
         },
         summary=_summary(counts, len(skipped)),
     )

@@ -23,7 +23,6 @@ from mtgdm.teachers.tokens import context_size, prompt_at_most
 
 if TYPE_CHECKING:
     from mtgdm.domain import FactCheck
-    from mtgdm.rows import Row
     from mtgdm.teachers.loop import Outcome
     from mtgdm.teachers.seam import Backend
 

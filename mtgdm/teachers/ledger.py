@@ -8,64 +8,88 @@ prompt has now (a new split must not leave old splits in the answers), nothing i
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import compress, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from mtgdm import manifest
 from mtgdm.errors import BadRow, UserError
-from mtgdm.rows import Journal, Row, encode, manifest_path, put_in_order, read_rows, replace
+from mtgdm.rows import Journal, Row, encode, manifest_path, put_in_order, read_blocks, read_rows, replace
 
+if TYPE_CHECKING:
+    from mtgdm.row_ids import IdList, IdSet, Mask
+
+LONGEST_PROMPT = "longest_prompt_tokens"
+"""The count in the manifest of a prompts file that says how long its longest prompt is."""
+
+_UINT32 = "I"
 _FINGERPRINT = b'"teacher": {"fingerprint": "'
 """How `meta.teacher` begins in our rows. Quotes inside a text are escaped, so this is never part of one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompts:
     """A file of prompts, read through once: the ids in their order, and what was found on the way."""
 
     path: Path
-    ids: dict[str, None]
+    ids: IdList
+    """The id of each prompt; of duplicates the first counts."""
+    lines: array[int]
+    """The number of the line each stands on."""
     asked: int
     """How many of them this run is about: all, or the first `--limit`."""
     duplicates: int
     longest_tokens: int
 
-    def chosen(self) -> Iterator[str]:
-        """The ids this run is about."""
-        for number, identity in enumerate(self.ids):
-            if number == self.asked:
-                return
-            yield identity
+    def among(self, ids: IdSet) -> Mask:
+        """Which of the prompts this run is about are in a set."""
+        return self.ids.among(ids)[: self.asked]
 
-    def rows(self) -> Iterator[Row]:
-        """The prompts, each once, all of them."""
-        following = iter(self.ids)
-        awaited = next(following)
-        for row in read_rows(self.path, answered=False):
-            if row.id == awaited:
-                yield row
-                awaited = next(following, "")
+    def rows(self, wanted: Mask) -> Iterator[Row]:
+        """The wanted ones of the prompts, in their order; the others are not parsed."""
+        rows = read_rows(self.path, answered=False, numbers=compress(self.lines, wanted))
+        for row, identity in zip(rows, compress(self.ids, wanted), strict=False):
+            if row.id != identity:
+                raise row.bad("the prompts changed while they were asked", hint="start again")
+            yield row
 
     @classmethod
     def scan(cls, path: Path, limit: int, tokens: Callable[[list[dict[str, str]]], int]) -> Prompts:
-        """Read every prompt before the first is asked: a bad line is found now, not after a day."""
-        ids: dict[str, None] = {}
-        duplicates = longest = 0
-        for row in read_rows(path, answered=False):
-            if row.id in ids:
-                duplicates += 1
-                continue
-            ids[row.id] = None
-            if not limit or len(ids) <= limit:
+        """Read every prompt before the first is asked: a bad line is found now, not after a day.
+
+        A file that is as `mtgdm prompts` left it holds no bad line, so its ids are taken as they stand.
+        """
+        from mtgdm.row_ids import IdList, as_ids
+
+        keys, lines = bytearray(), array(_UINT32)
+        longest = _longest_noted(path)
+        if longest is not None:
+            for block in read_blocks(path):
+                keys += block.ids.tobytes()
+                lines.frombytes(block.numbers.astype(_UINT32).tobytes())
+        else:
+            longest = 0
+            for row in read_rows(path, answered=False):
+                keys += bytes.fromhex(row.id)
+                lines.append(row.line)
                 longest = max(longest, tokens(row.prompt))
-        if not ids:
+        if not lines:
             raise UserError(
                 "there is no prompt in this file", where=path, hint="make them with `mtgdm prompts`"
             )
-        return cls(path, ids, min(limit, len(ids)) if limit else len(ids), duplicates, longest)
+        ids = IdList(as_ids(keys))
+        again = ids.repeated()
+        if again.any():
+            ids, lines = IdList(ids.ids[~again]), array(_UINT32, compress(lines, ~again))
+        if limit:
+            first = read_rows(path, answered=False, numbers=islice(lines, limit))
+            longest = max(tokens(row.prompt) for row in first)
+        return cls(path, ids, lines, min(limit or len(ids), len(ids)), int(again.sum()), longest)
 
 
 @dataclass
@@ -110,6 +134,8 @@ class Ledger:
     """The two journals of a run; each is made with its first row: a run that fails at once leaves none."""
 
     def __init__(self, out: Path, fingerprint: str, *, overwrite: bool = False) -> None:
+        from mtgdm.row_ids import IdSet
+
         self.out = out
         self.rejected = rejected_path(out)
         self.stale = out.with_name(f"{out.stem}.stale{out.suffix}")
@@ -118,8 +144,8 @@ class Ledger:
         self._open = ExitStack()
         self._kept: Journal | None = None
         self._lost: Journal | None = None
-        self.kept_ids: set[str] = set()
-        self.rejected_ids: set[str] = set()
+        self.kept_ids: IdSet = IdSet()
+        self.rejected_ids: IdSet = IdSet()
         """Rejected under this fingerprint: rows another teacher failed on are asked again."""
 
     def __enter__(self) -> Self:
@@ -127,7 +153,8 @@ class Ledger:
             return self
         try:
             if self.out.exists():
-                self._kept = self._open.enter_context(Journal(self.out, inspect=self._compare))
+                ours = _FINGERPRINT + self._fingerprint.encode() + b'"'
+                self._kept = self._open.enter_context(Journal(self.out, inspect=self._compare, known=ours))
                 self.kept_ids = self._kept.ids
             if self.rejected.exists():
                 self._lost = self._open.enter_context(Journal(self.rejected, inspect=self._remember))
@@ -206,16 +233,17 @@ class Ledger:
 
         Rows are matched by their messages, as their ids are: a row whose own id is another was changed.
         """
-        lines: dict[str, int] = {}
+        lines = array(_UINT32, bytes(4 * len(prompts.ids)))
         hint = "start anew with --overwrite, or write elsewhere with --out FILE"
         for row in read_rows(self.out, answered=True):
             if row.rest.get("given_id") in prompts.ids:
                 raise row.bad("the messages are not those of its prompt", hint=hint)
-            if row.id not in prompts.ids:
+            place = prompts.ids.place(row.id)
+            if place is None:
                 raise row.bad(f"this row answers no prompt of {prompts.path}", hint=hint)
-            if row.id in lines:
-                raise row.bad(f"this prompt is already answered in line {lines[row.id]}", hint=hint)
-            lines[row.id] = row.line
+            if lines[place]:
+                raise row.bad(f"this prompt is already answered in line {lines[place]}", hint=hint)
+            lines[place] = row.line
 
     # --- at the end ------------------------------------------------------------------------------
 
@@ -238,7 +266,7 @@ class Ledger:
 
     def _survey(self, prompts: Prompts, done: Settled) -> bool:
         """Count what has no prompt or another meta, and gather the facts; says whether to rewrite."""
-        for row, prompt in _beside(read_rows(self.out), prompts):
+        for row, prompt in self._beside(prompts):
             if prompt is None:
                 done.moved += 1
                 continue
@@ -254,7 +282,7 @@ class Ledger:
         self, prompts: Prompts, check: Callable[[Row, Mapping[str, Any]], dict[str, Any] | None]
     ) -> None:
         with replace(self.out) as file, Journal(self.stale) as stale:
-            for row, prompt in _beside(read_rows(self.out), prompts):
+            for row, prompt in self._beside(prompts):
                 if prompt is None:
                     if row.id not in stale.ids:
                         stale.append(_as_json(row, row.meta))
@@ -269,8 +297,17 @@ class Ledger:
         if self.stale.stat().st_size == 0:
             self.stale.unlink()
 
+    def _beside(self, prompts: Prompts) -> Iterator[tuple[Row, Row | None]]:
+        """Each answer with its prompt: both stand in prompt order, answers without one at the end."""
+        following = prompts.rows(prompts.ids.among(self.kept_ids))
+        for row in read_rows(self.out):
+            prompt = next(following, None)
+            yield row, prompt if prompt is not None and prompt.id == row.id else None
+
     def _tidy_rejected(self, prompts: Prompts, done: Settled) -> None:
-        wanted: set[str] = set()
+        from mtgdm.row_ids import IdSet
+
+        wanted = IdSet()
         answered = 0
         for row in read_rows(self.rejected):
             if row.id not in prompts.ids:
@@ -304,14 +341,14 @@ def count_lines(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
-def _beside(answers: Iterator[Row], prompts: Prompts) -> Iterator[tuple[Row, Row | None]]:
-    """Each answer with its prompt, read side by side: both stand in prompt order, strays at the end."""
-    following = prompts.rows()
-    for row in answers:
-        if row.id not in prompts.ids:
-            yield row, None
-            continue
-        yield row, next(prompt for prompt in following if prompt.id == row.id)
+def _longest_noted(path: Path) -> int | None:
+    """The tokens of the longest prompt, where the file is still as `mtgdm prompts` left it."""
+    made = manifest.read(path)
+    longest = made.counts.get(LONGEST_PROMPT) if made else None
+    if made is None or not isinstance(longest, int):
+        return None
+    then = made.output.model_copy(update={"path": path.name})
+    return longest if manifest.state(path, path.parent, [then]).sha256 == then.sha256 else None
 
 
 def _same_meta(row: Row, prompt: Row) -> bool:
