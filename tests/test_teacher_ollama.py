@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any
 import pytest
 
 from mtgdm.errors import SettingError, UserError
+from mtgdm.rows import Row
 from mtgdm.teachers import loop
 from mtgdm.teachers.ollama import Ollama
+from mtgdm.teachers.seam import Options, Retryable, TeacherSettings
 from mtgdm.teachers.server import server_url
 from mtgdm.testing import StageRun
 from tests import teacher_domain
 from tests.conftest import CommandLine, read_rows, write_lines
 from tests.ollama_server import Fault, OllamaServer, Question
-from tests.teacher_domain import Card, prompt_rows, right_answer, run_teacher, write_prompts
+from tests.teacher_domain import Card, Gardens, prompt_rows, right_answer, run_teacher, write_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +155,20 @@ def test_a_model_that_knows_no_think_key_is_asked_without(tmp_path: Path, server
     assert ["think" in question.body for question in server.questions] == [True] + [False] * 6
 
 
+def test_questions_in_flight_when_the_think_key_is_first_refused_are_asked_without_too(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    server.knows_think = False
+    server.latency_s = 0.05
+    write_prompts(tmp_path, 3)
+
+    ask(tmp_path, server, concurrency=6)
+
+    assert len(kept(tmp_path)) == 6
+    assert {row["meta"]["teacher"]["attempts"] for row in kept(tmp_path)} == {1}
+    assert sum("think" in question.body for question in server.questions) == 6
+
+
 @pytest.mark.parametrize("given", ["localhost:11434", "http://localhost:11434/", "http://localhost:11434/v1"])
 def test_an_address_may_be_written_as_people_write_it(given: str) -> None:
     assert server_url(given, Ollama.paths) == "http://localhost:11434"
@@ -194,6 +211,61 @@ def test_a_server_that_knows_only_the_chat_is_asked_all_the_same(
     write_prompts(tmp_path, 2)
 
     assert ask(tmp_path, server).result.counts["kept"] == 4
+
+
+def test_a_check_that_finds_the_queue_full_says_that_the_server_is_busy(server: OllamaServer) -> None:
+    server.busy_shows = 1
+    settings = TeacherSettings(backend="ollama", model="teacher:7b", url=[server.url])
+
+    async def check() -> None:
+        async with Ollama(settings, Gardens()) as backend:
+            with pytest.raises(Retryable, match="server busy") as caught:
+                await backend.check()
+            assert caught.value.overloaded
+            await backend.check()
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(("status", "overloaded"), [(429, True), (503, True), (500, False), (502, False)])
+def test_a_server_that_has_too_much_to_do_is_told_from_one_that_fails(
+    server: OllamaServer, status: int, overloaded: bool
+) -> None:
+    server.fault = lambda question: Fault(status)
+    settings = TeacherSettings(backend="ollama", model="teacher:7b", url=[server.url])
+    (row,) = prompt_rows(1, types=["note"])
+    options = Options(0.3, 0.9, 42, 500, Row(row["id"], row["messages"], row["meta"], Path("rows.jsonl"), 1))
+
+    async def answer() -> None:
+        async with Ollama(settings, Gardens()) as backend:
+            with pytest.raises(Retryable) as caught:
+                await backend.answer(row["messages"], None, options)
+        assert (caught.value.overloaded, caught.value.lost) == (overloaded, False)
+
+    asyncio.run(answer())
+
+
+def test_a_name_and_a_password_in_the_address_are_used_and_not_shown(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    write_prompts(tmp_path, 1)
+    with pytest.raises(UserError, match=r"no Ollama server answers at http://127\.0\.0\.1:9$"):
+        ask(tmp_path, server, url="http://name:secret@127.0.0.1:9")
+
+    ask(tmp_path, server, url=server.url.replace("//", "//name:secret@"))
+
+    assert len(kept(tmp_path)) == 2
+    assert "secret" not in (tmp_path / "data" / "teacher.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_server_that_sends_questions_elsewhere_is_said_with_where(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    server.fault = lambda question: Fault(302, b"", {"Location": "https://login.example/"})
+    write_prompts(tmp_path, 1)
+
+    with pytest.raises(UserError, match=r"sends questions on to https://login\.example/"):
+        ask(tmp_path, server)
 
 
 def test_no_model_is_a_wrong_setting(tmp_path: Path, server: OllamaServer) -> None:
@@ -306,6 +378,38 @@ def test_a_failure_that_passes_costs_a_second_try_and_no_row(
     assert len(rows) == 4
     assert {row["meta"]["teacher"]["attempts"] for row in rows} == {2}
     assert len(server.questions) == 8
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (
+            Fault(body=b"<html><title>Sign in</title><p>...", headers={"Content-Type": "text/html"}),
+            "the reply is not JSON but a web page (Sign in): a proxy or a login page answers",
+        ),
+        (Fault(body=b"\n <p>Wait&hellip;</p>"), "the reply is not JSON but a web page (Wait&hellip;): "),
+        (Fault(502, b"<html><h1>Bad gateway</h1><style>h1 {}</style>"), "HTTP 502: Bad gateway"),
+        (
+            Fault(
+                400, {"error": '{"error":{"code":400,"message":"request (9 tokens) exceeds the context"}}'}
+            ),
+            "HTTP 400: request (9 tokens) exceeds the context",
+        ),
+        (Fault(400, {"error": '{"not": "JSON'}), 'HTTP 400: {"not": "JSON'),
+        (Fault(body=b'{"message": {"content": "\xe5\x9b'), "the reply is not JSON but {"),
+        (Fault(drop=True), "the connection was closed before the reply was whole"),
+    ],
+)
+def test_the_reason_is_in_the_servers_own_words(
+    tmp_path: Path, server: OllamaServer, fault: Fault, reason: str
+) -> None:
+    server.fault = always(fault, garden="第1园")
+    write_prompts(tmp_path, 3, types=["note"])
+
+    ask(tmp_path, server, retries=1, concurrency=1)
+
+    (said,) = reasons(tmp_path)
+    assert said.startswith(reason)
 
 
 def test_retry_after_is_honoured(tmp_path: Path, server: OllamaServer) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
+from mtgdm.errors import SettingError
 from mtgdm.rows import Row
 from mtgdm.teachers.openai import OpenAI
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, TeacherSettings, Unavailable
@@ -19,6 +23,7 @@ from tests.conftest import CommandLine, write_lines
 from tests.teacher_domain import Gardens
 
 MESSAGES = [{"role": "system", "content": "只用资料。"}, {"role": "user", "content": "西湖在哪里？"}]
+OPTIONS = Options(0.3, 0.9, 42, 512, Row("0", MESSAGES, {}, Path("rows.jsonl"), 1))
 KEY = "sk-never-in-a-log"
 
 
@@ -31,17 +36,22 @@ def reply(text: str = '{"name": "西湖"}', **changes: Any) -> dict[str, Any]:
     return {"choices": [choice], "usage": {"prompt_tokens": 30, "completion_tokens": 9}}
 
 
+def backend(
+    respond: Callable[[httpx.Request], httpx.Response], url: str = "host:8000/v1", **settings: Any
+) -> OpenAI:
+    settings = {"backend": "openai", "model": "qwen", "url": url, "api_key_env": "TEACHER_KEY"} | settings
+    return OpenAI(TeacherSettings.model_validate(settings), Gardens(), transport=httpx.MockTransport(respond))
+
+
 def ask(
     respond: Callable[[httpx.Request], httpx.Response],
     contract: type[BaseModel] | None = Contract,
     url: str = "host:8000/v1",
+    **sampling: Any,
 ) -> Completion:
-    settings = TeacherSettings(backend="openai", model="qwen", url=url, api_key_env="TEACHER_KEY")
-    options = Options(0.3, 0.9, 42, 512, Row("0", MESSAGES, {}, Path("rows.jsonl"), 1))
-
     async def once() -> Completion:
-        async with OpenAI(settings, Gardens(), transport=httpx.MockTransport(respond)) as backend:
-            return await backend.answer(MESSAGES, contract, options)
+        async with backend(respond, url) as teacher:
+            return await teacher.answer(MESSAGES, contract, replace(OPTIONS, **sampling))
 
     return asyncio.run(once())
 
@@ -106,6 +116,151 @@ def test_a_server_that_refuses_schemas_is_asked_without() -> None:
     assert asked == [True, False]
 
 
+def refusing(**refused: str) -> tuple[Callable[[httpx.Request], httpx.Response], list[dict[str, Any]]]:
+    """A server that takes none of these keys, for the reason given, and the questions it got."""
+    asked: list[dict[str, Any]] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        for key, words in refused.items():
+            if key in asked[-1]:
+                return httpx.Response(400, json={"error": {"message": words, "param": key}})
+        return httpx.Response(200, json=reply())
+
+    return respond, asked
+
+
+def test_a_model_that_calls_the_limit_otherwise_gets_it_under_that_name() -> None:
+    words = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    respond, asked = refusing(max_tokens=words)
+    assert ask(respond).text == '{"name": "西湖"}'
+    assert [body.get("max_tokens") for body in asked] == [512, None]
+    assert asked[1]["max_completion_tokens"] == 512
+    assert asked[1]["response_format"] == asked[0]["response_format"]
+
+
+def test_what_is_refused_is_left_out_where_that_changes_nothing_that_was_asked_for() -> None:
+    respond, asked = refusing(
+        temperature="Unsupported value: 'temperature' does not support 1 with this model.",
+        top_p="Unsupported parameter: 'top_p' is not supported with this model.",
+        seed='[{"type":"extra_forbidden","loc":["body","seed"]}]',
+    )
+    assert ask(respond, temperature=1.0, top_p=1.0).text == '{"name": "西湖"}'
+    assert len(asked) == 4
+    assert asked[-1].keys() == {"model", "messages", "stream", "max_tokens", "response_format"}
+
+
+@pytest.mark.parametrize(("key", "hint"), [("temperature", "--temperature 1"), ("top_p", "--top-p 1")])
+def test_a_sampling_that_the_model_does_not_take_is_said_rather_than_dropped(key: str, hint: str) -> None:
+    words = (
+        f"Unsupported value: '{key}' does not support this value. Only the default (1) value is supported."
+    )
+    respond, asked = refusing(**{key: words})
+    with pytest.raises(Unavailable, match=f"takes no {key} of 0.[39]: Unsupported value") as caught:
+        ask(respond)
+    assert caught.value.hint == hint
+    assert len(asked) == 1
+
+
+def test_what_was_refused_once_is_not_sent_again() -> None:
+    respond, asked = refusing(max_tokens="'max_tokens' is not supported", seed="'seed' is not supported")
+
+    async def twice() -> None:
+        async with backend(respond) as teacher:
+            for _ in range(2):
+                await teacher.answer(MESSAGES, None, OPTIONS)
+
+    asyncio.run(twice())
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": [{"type": "text", "text": "西湖在"}, {"type": "text", "text": "杭州。"}]},
+        {"content": [{"type": "thinking", "thinking": "嗯"}, {"type": "text", "text": "西湖在杭州。"}]},
+        {"content": "西湖在杭州。", "reasoning_content": "想一想"},
+    ],
+    ids=["parts", "a thought among the parts", "a thought beside"],
+)
+def test_the_answer_is_the_text_without_thoughts(message: dict[str, Any]) -> None:
+    assert ask(answering(200, reply(message=message)), contract=None).text == "西湖在杭州。"
+
+
+@pytest.mark.parametrize("message", [{"content": None, "reasoning_content": "想一想"}, {"content": None}])
+def test_a_thought_alone_is_no_answer(message: dict[str, Any]) -> None:
+    assert ask(answering(200, reply(message=message))).text == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ("7", 7.0),
+        ("0.5", 0.5),
+        ("-3", 0.0),
+        (lambda: format_datetime(datetime.now(UTC) + timedelta(seconds=40), usegmt=True), 39.0),
+        ("Tue, 15 Nov 1994 08:12:31 GMT", 0.0),
+        ("soon", None),
+        ("", None),
+    ],
+)
+def test_retry_after_is_a_number_of_seconds_or_a_date(
+    given: str | Callable[[], str], seconds: float | None
+) -> None:
+    header = given if isinstance(given, str) else given()
+    with pytest.raises(Retryable) as caught:
+        ask(answering(429, {"error": "slow"}, headers={"Retry-After": header}))
+    assert caught.value.overloaded
+    found = caught.value.retry_after_s
+    assert found is seconds is None or found == pytest.approx(seconds, abs=1.0)
+
+
+def test_a_check_tells_a_busy_server_from_a_wrong_key_and_from_one_that_lists_nothing() -> None:
+    def check(respond: Callable[[httpx.Request], httpx.Response]) -> None:
+        async def run() -> None:
+            async with backend(respond) as teacher:
+                await teacher.check()
+
+        asyncio.run(run())
+
+    check(answering(200, {"data": []}))
+    check(answering(404, {"detail": "Not Found"}))
+    with pytest.raises(Retryable, match="Loading model") as busy:
+        check(answering(503, {"error": {"message": "Loading model"}}))
+    assert busy.value.overloaded
+    with pytest.raises(Unavailable, match="bad key"):
+        check(answering(401, {"error": {"message": "bad key"}}))
+
+
+@pytest.mark.parametrize("key", ["sk-ünusual", "sk-two\nlines"])
+def test_a_key_that_no_header_can_hold_is_named_without_being_shown(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", key)
+    with pytest.raises(SettingError, match="TEACHER_KEY is no key") as caught:
+        ask(answering())
+    assert key not in str(caught.value)
+
+
+def test_a_key_that_the_server_repeats_is_not_repeated_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    with pytest.raises(Unavailable, match=r"the key \*\*\* is unknown") as caught:
+        ask(answering(401, {"error": {"message": f"the key {KEY} is unknown"}}))
+    assert caught.value.hint == (
+        "the key in the environment variable TEACHER_KEY was refused; api_key_env names another variable"
+    )
+
+
+def test_white_space_around_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", f" {KEY}\n")
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        assert request.headers["Authorization"] == f"Bearer {KEY}"
+        return httpx.Response(200, json=reply())
+
+    ask(respond)
+
+
 @pytest.mark.parametrize(
     ("respond", "error", "words"),
     [
@@ -129,6 +284,19 @@ def test_a_server_that_refuses_schemas_is_asked_without() -> None:
         ),
         (answering(404, {"detail": "Not Found"}), Unavailable, "HTTP 404"),
         (answering(401, {"error": {"message": "bad key"}}), Unavailable, "bad key"),
+        (answering(402, {"error": {"message": "no credit left"}}), Unavailable, "no credit left"),
+        (
+            answering(429, {"error": {"message": "check your plan", "code": "insufficient_quota"}}),
+            Unavailable,
+            "check your plan",
+        ),
+        (answering(302, headers={"Location": "https://login.example"}), Unavailable, "login.example"),
+        (
+            answering(200, reply(message={"content": None, "refusal": "I cannot help"})),
+            Refused,
+            "I cannot help",
+        ),
+        (answering(422, {"detail": "messages: field required"}), Refused, "field required"),
     ],
 )
 def test_what_a_reply_means(

@@ -76,16 +76,17 @@ class OpenAI(ServerBackend):
         return completion
 
     @property
-    def _key(self) -> str:
+    def _secret(self) -> str:
         return os.environ.get(self.settings.api_key_env, "").strip()
 
     def _headers(self) -> dict[str, str]:
-        if not (self._key.isascii() and self._key.isprintable()):
+        key = self._secret
+        if not (key.isascii() and key.isprintable()):
             raise SettingError(
                 f"the key in the environment variable {self.settings.api_key_env} is no key: "
                 "it holds characters that no header can"
             )
-        return {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return {"Authorization": f"Bearer {key}"} if key else {}
 
     def _missing_model(self) -> Unavailable:
         return Unavailable(
@@ -101,7 +102,7 @@ class OpenAI(ServerBackend):
     def _raise_unavailable(self, status: int, text: str) -> NoReturn:
         if status in (401, 403):
             name = self.settings.api_key_env
-            state = "was refused" if self._key else "is not set"
+            state = "was refused" if self._secret else "is not set"
             raise Unavailable(
                 f"{self.place} answers HTTP {status}: {text}",
                 hint=f"the key in the environment variable {name} {state}; api_key_env names another variable",

@@ -9,6 +9,7 @@ import socket
 import ssl
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -74,6 +75,11 @@ class ServerBackend(Backend):
         """The address as messages show it: without a name and a password."""
         return str(self._url.copy_with(userinfo=b""))
 
+    @property
+    def _secret(self) -> str:
+        """What no message may show; empty where there is nothing to hide."""
+        return ""
+
     def _headers(self) -> dict[str, str]:
         """More headers of every request."""
         return {}
@@ -84,13 +90,13 @@ class ServerBackend(Backend):
 
     async def _ask(self, path: str, body: dict[str, Any]) -> Reply:
         """One question; the loop above times it."""
-        return await self._connections.send("POST", path, _encoded(body))
+        return await self._send("POST", path, _encoded(body))
 
     async def _check(self, method: str, path: str, body: dict[str, Any] | None = None) -> Reply:
         """A first request: a server that is not there stops the run, one that is busy says so."""
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
-                reply = await self._connections.send(method, path, _encoded(body) if body else None)
+                reply = await self._send(method, path, _encoded(body) if body else None)
         except TimeoutError as error:
             raise Retryable(f"no answer within {CHECK_TIMEOUT_S:g} s") from error
         except Retryable as error:
@@ -104,6 +110,13 @@ class ServerBackend(Backend):
             ) from error
         if reply.status in _OVERLOADED:
             self._raise_for(reply)
+        return reply
+
+    async def _send(self, method: str, path: str, body: bytes | None) -> Reply:
+        reply = await self._connections.send(method, path, body)
+        secret = self._secret.encode("utf-8")
+        if secret and secret in reply.body:  # some servers repeat the key that they refuse
+            return replace(reply, body=reply.body.replace(secret, b"***"))
         return reply
 
     def _raise_for(self, reply: Reply) -> None:
