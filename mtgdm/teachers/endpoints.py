@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from mtgdm.teachers.seam import Backend, TeacherSettings
 
 TOLERATED = 0.1
-"""Share of a window's answers that may say `busy` before the limit shrinks: a stray one says little."""
+"""Share of a window's answers that may say `busy`: a stray one says little about the load."""
+LEAST_WINDOW = 20
+"""Answers of a window, or as many as may be in flight where that is more."""
 DECREASE = 0.5
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
@@ -43,32 +45,36 @@ class Limit:
     """How many questions may be in flight: additive increase, multiplicative decrease.
 
     Chiu and Jain (1989), "Analysis of the Increase and Decrease Algorithms for Congestion Avoidance in
-    Computer Networks". A window is as many answers as may be in flight: after one without much trouble
-    the limit grows by 1, never above `most`; in one with more `busy` than TOLERATED it halves at once.
+    Computer Networks". The limit grows by 1 with as many good answers as may be in flight, never above
+    `most`, and halves where more than TOLERATED of a window's answers say `busy`.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.now = most
-        self.window = 0
-        """Counts the decreases: what was asked before one says nothing about the limit since."""
+        self.decreases = 0
+        """What was asked before the last of them says nothing about the limit since."""
         self._answers = 0
         self._busy = 0
+        self._good = 0
 
-    def note(self, window: int, *, busy: bool) -> None:
-        """A question asked in `window` is over; `busy` where the server had too much to do for it."""
-        if window != self.window:
+    def note(self, decreases: int, *, busy: bool) -> None:
+        """A question asked after so many decreases is over; `busy` where the server had too much to do for it."""
+        if decreases != self.decreases:
             return
+        window = max(self.now, LEAST_WINDOW)
         self._answers += 1
         self._busy += busy
-        if busy and self._busy > self.now * TOLERATED:
+        self._good += not busy
+        if self._busy > window * TOLERATED:
             self.now = max(1, int(self.now * DECREASE))
-            self.window += 1
-        elif self._answers >= self.now:
+            self.decreases += 1
+            self._answers = self._busy = self._good = 0
+        elif self._answers >= window:
+            self._answers = self._busy = 0
+        if self._good >= self.now:
             self.now = min(self.most, self.now + 1)
-        else:
-            return
-        self._answers = self._busy = 0
+            self._good = 0
 
 
 class Endpoint:

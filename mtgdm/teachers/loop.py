@@ -276,7 +276,7 @@ class Loop:
     async def _once(self, asking: _Asking, messages: list[Message], endpoint: Endpoint) -> Completion:
         """One question over one endpoint, which learns from how it ends."""
         backend, limit = endpoint.backend, endpoint.limit
-        window = limit.window
+        decreases = limit.decreases
         busy = False
         asking.attempts += 1
         try:
@@ -293,7 +293,7 @@ class Loop:
         else:
             endpoint.reached()
         finally:
-            limit.note(window, busy=busy)
+            limit.note(decreases, busy=busy)
             self._endpoints.give_back(endpoint)
         asking.completion = completion
         asking.text = cleaned(completion.text, is_json=asking.contract is not None)
