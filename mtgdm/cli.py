@@ -16,7 +16,7 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from mtgdm import __version__
+from mtgdm import __version__, interrupts
 from mtgdm.errors import MtgdmError, UserError
 from mtgdm.profiles import (
     Profile,
@@ -529,8 +529,18 @@ def _stop(error: MtgdmError) -> NoReturn:
     raise SystemExit(error.exit_code)
 
 
+def _say_that_it_takes_long() -> None:
+    _terminal().warn("stopping: Ctrl-C again leaves at once, what is on disk stays")
+
+
+def _leave() -> None:
+    if _terminal.cache_info().currsize:
+        _terminal().leave()
+
+
 def main() -> None:
     """Run the command line; errors of the user become one line here, bugs keep their traceback."""
+    interrupts.watch(_say_that_it_takes_long, _leave)
     for stream in (sys.stdout, sys.stderr):
         # A pipe on Windows, or LANG=C, must not make Chinese text an error.
         reconfigure: Callable[..., None] | None = getattr(stream, "reconfigure", None)
@@ -539,6 +549,8 @@ def main() -> None:
     try:
         _add_stages(_registry())
         app()
+    except KeyboardInterrupt:
+        raise SystemExit(interrupts.EXIT_CODE) from None
     except MtgdmError as error:
         _stop(error)
     except ModuleNotFoundError as error:

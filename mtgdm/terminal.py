@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -67,6 +68,11 @@ class Terminal:
         self._err.print(Text.assemble(("error: ", "bold red"), str(error).replace("\n", " ")))
         if error.hint:
             self._err.print(Text.assemble(("hint: ", "cyan"), error.hint))
+
+    def leave(self) -> None:
+        """Show the cursor again: the last before the process ends at once, from any thread, waiting for no lock."""
+        if self.live and not self._err.legacy_windows:
+            os.write(sys.stderr.fileno(), b"\x1b[?25h\n")
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
