@@ -52,7 +52,7 @@ def run_stage(stage: Stage[Any], settings: Settings, profile: Profile, terminal:
         started=started,
     )
     _refuse_same_path(config.inputs(), config.outputs(), workspace)
-    before = _known(config.outputs())
+    before = _known(config.inputs(), config.outputs())
     inputs = [manifest.state(path, workspace, before) for path in config.inputs() if path.exists()]
     for output in config.outputs():
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -184,9 +184,14 @@ def _inputs_changed(made: Manifest, inputs: Sequence[Path], workspace: Path) -> 
     return ""
 
 
-def _known(outputs: Sequence[Path]) -> list[manifest.FileState]:
-    """File states of an earlier run, which save hashing what has not changed."""
-    return [state for output in outputs if (made := manifest.read(output)) for state in made.inputs]
+def _known(inputs: Sequence[Path], outputs: Sequence[Path]) -> list[manifest.FileState]:
+    """File states that manifests speak of, which save hashing what has not changed since.
+
+    An input is known to the run that made it, and to an earlier run of this stage.
+    """
+    made = [one.output for path in inputs if (one := manifest.read(path))]
+    read = [state for path in outputs if (one := manifest.read(path)) for state in one.inputs]
+    return made + read
 
 
 # --- all -----------------------------------------------------------------------------------------
