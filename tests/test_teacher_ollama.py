@@ -542,6 +542,20 @@ def test_a_prompt_cut_by_an_old_server_is_noticed(tmp_path: Path, server: Ollama
     assert reasons(tmp_path)[0].startswith("the prompt was cut: the server saw 512 tokens of at least 1")
 
 
+def test_a_prompt_cut_to_a_half_is_noticed_by_what_the_others_take(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    server.cuts_prompts = True
+    rows = prompt_rows(31, types=["note"])
+    rows[30]["messages"][0]["content"] += "园" * 1450
+    write_lines(tmp_path / "data" / "prompts.jsonl", *rows)
+
+    ask(tmp_path, server, num_ctx=1024, concurrency=1)
+
+    assert len(kept(tmp_path)) == 30
+    assert reasons(tmp_path)[0].startswith("the prompt was cut: the server saw 512 tokens of at least ")
+
+
 def test_faults_of_every_kind_leave_each_row_kept_or_rejected_and_none_wrong(
     tmp_path: Path, server: OllamaServer
 ) -> None:

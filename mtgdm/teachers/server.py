@@ -23,7 +23,7 @@ from mtgdm.errors import SettingError
 from mtgdm.rows import encode
 from mtgdm.teachers.connections import Reply, connections_to
 from mtgdm.teachers.seam import Backend, Completion, Refused, Retryable, Unavailable
-from mtgdm.teachers.tokens import prompt_at_least
+from mtgdm.teachers.tokens import PromptCounts
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -59,6 +59,7 @@ class ServerBackend(Backend):
             raise SettingError(f"the teacher backend {settings.backend} needs a model", hint="--model NAME")
         self._url = httpx.URL(server_url(settings.url[0], self.paths))
         self._transport = transport
+        self._counts = PromptCounts()
 
     async def __aenter__(self) -> Self:
         headers = {"Content-Type": "application/json", "Accept": "application/json"} | self._headers()
@@ -151,11 +152,8 @@ class ServerBackend(Backend):
     def _raise_where_cut(self, messages: Sequence[Message], completion: Completion, hint: str) -> None:
         """A prompt that the server shortened without a word is given away by its count of tokens."""
         seen = completion.prompt_tokens
-        written = prompt_at_least(messages)
-        if seen is not None and seen < written:
-            raise Refused(
-                f"the prompt was cut: the server saw {seen} tokens of at least {written}", hint=hint
-            )
+        if seen is not None and (least := self._counts.least(messages, seen)) is not None:
+            raise Refused(f"the prompt was cut: the server saw {seen} tokens of at least {least}", hint=hint)
 
 
 def server_url(given: str, paths: Sequence[str] = ()) -> str:

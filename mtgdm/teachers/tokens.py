@@ -7,7 +7,8 @@ C speed: a million prompts take seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import insort
+from collections.abc import Iterable, Sequence
 
 _LETTERS = bytes([*range(0x41, 0x5B), *range(0x61, 0x7B)])
 _DIGITS = bytes(range(0x30, 0x3A))
@@ -21,6 +22,12 @@ TURN_TOKENS = 8
 """What a chat template puts around one message, at most: `<|im_start|>user\\n ... <|im_end|>\\n`."""
 ROUNDED_TO = 1024
 
+LEARNT_FROM = 20
+"""So many prompts of a run are counted by the server before its counts are compared with each other."""
+CUT_BELOW = 0.6
+"""A count below this share of what is usual in the run: where Ollama cuts, it leaves a half at most."""
+REMEMBERED = 500
+
 
 def at_most(text: str) -> int:
     """Tokens of a text, estimated from above for vocabularies that know Chinese.
@@ -30,18 +37,15 @@ def at_most(text: str) -> int:
     gigabytes of GPU memory, and a prompt that does not fit is refused by the server, not cut.
     """
     data = text.encode("utf-8", "surrogatepass")
-    letters = _count(data, _LETTERS)
-    single = _count(data, _ASCII) - letters + _count(data, _HAN_LEADS) + _count(data, _PUNCTUATION_LEADS)
-    rest = (
-        len(data) - _count(data, _ASCII) - 3 * (_count(data, _HAN_LEADS) + _count(data, _PUNCTUATION_LEADS))
-    )
-    return (letters + 1) // 2 + single + rest
+    ascii_, letters = _count(data, _ASCII), _count(data, _LETTERS)
+    threes = _count(data, _HAN_LEADS) + _count(data, _PUNCTUATION_LEADS)
+    return (letters + 1) // 2 + (ascii_ - letters) + threes + (len(data) - ascii_ - 3 * threes)
 
 
 def at_least(text: str) -> int:
     """Tokens of a text, estimated from below: three Han characters, eight letters or four digits make one."""
-    data = text.encode("utf-8", "surrogatepass")
-    return _count(data, _HAN_LEADS) // 3 + _count(data, _LETTERS) // 8 + _count(data, _DIGITS) // 4
+    han, letters, digits = _kinds(text)
+    return han // 3 + letters // 8 + digits // 4
 
 
 def prompt_at_most(messages: Iterable[dict[str, str]]) -> int:
@@ -54,10 +58,49 @@ def prompt_at_least(messages: Iterable[dict[str, str]]) -> int:
     return sum(at_least(message["content"]) for message in messages)
 
 
+class PromptCounts:
+    """Notices a prompt that a server cut without a word, by what the server counts for the others.
+
+    `prompt_at_least` holds for every vocabulary and so lets a prompt pass that was cut to 40 %. A cut
+    prompt is also one whose count is odd in two ways at once: less than any vocabulary in use makes of
+    its words, and far less, for its words, than the server counts for the others. Either alone would
+    reject good rows: of a new vocabulary, or of another language among the prompts. On the sample with
+    Qwen's vocabulary that notices a cut to between 0.4 and 0.8 of the true count. Where most prompts are
+    cut from the start, the bound for every vocabulary alone speaks.
+    """
+
+    def __init__(self) -> None:
+        self._shares: list[float] = []
+        """Counted tokens against `_usual`, in rising order."""
+
+    def least(self, messages: Sequence[dict[str, str]], seen: int) -> int | None:
+        """The tokens that these messages make at least, where the server saw fewer of them; else None."""
+        least, usual = prompt_at_least(messages), _usual(messages)
+        if len(self._shares) >= LEARNT_FROM:
+            median = self._shares[len(self._shares) // 2]
+            least = max(least, int(usual * min(1.0, CUT_BELOW * median)))
+        if seen < least:
+            return least
+        if usual and len(self._shares) < REMEMBERED:
+            insort(self._shares, seen / usual)
+        return None
+
+
+def _usual(messages: Sequence[dict[str, str]]) -> float:
+    """Tokens that the vocabularies of Qwen, Llama 3, GPT and DeepSeek hardly ever fall short of."""
+    kinds = [_kinds(message["content"]) for message in messages]
+    return sum(han / 1.8 + letters / 5.5 + digits / 3 for han, letters, digits in kinds)
+
+
 def context_size(longest_prompt: int, max_tokens: int, correction: int = 256) -> int:
     """The context that holds the longest prompt, an answer, its correction and the answer after that."""
     needed = longest_prompt + max_tokens + correction + max_tokens
     return -(-needed // ROUNDED_TO) * ROUNDED_TO
+
+
+def _kinds(text: str) -> tuple[int, int, int]:
+    data = text.encode("utf-8", "surrogatepass")
+    return _count(data, _HAN_LEADS), _count(data, _LETTERS), _count(data, _DIGITS)
 
 
 def _count(data: bytes, kind: bytes) -> int:
