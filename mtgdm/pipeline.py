@@ -1,11 +1,11 @@
-"""Running stages: the workspace lock, manifests, staleness, and `all`."""
+"""Running stages: who may write, manifests, staleness, and `all`."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,9 +16,11 @@ from mtgdm.errors import MtgdmError, SettingError, UserError
 from mtgdm.manifest import Manifest
 from mtgdm.profiles import Profile, Settings, Sourced, settings_for
 from mtgdm.rows import replace
-from mtgdm.stage import Context, Result, Stage
+from mtgdm.stage import Context, Result, Stage, StageConfig
 
 if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
     from mtgdm.registry import Registry
     from mtgdm.terminal import Terminal
 
@@ -40,8 +42,16 @@ class Condition:
 
 def run_stage(stage: Stage[Any], settings: Settings, profile: Profile, terminal: Terminal) -> Result:
     """Run one stage and write the manifest of each output, last of all."""
+    config = settings.config.resolved(profile.workspace)
+    _refuse_same_path(config.inputs(), config.outputs(), profile.workspace)
+    with _writing(config.outputs()):
+        return _run(stage, config, settings, profile, terminal)
+
+
+def _run(
+    stage: Stage[Any], config: StageConfig, settings: Settings, profile: Profile, terminal: Terminal
+) -> Result:
     workspace = profile.workspace
-    config = settings.config.resolved(workspace)
     started = datetime.now().astimezone()
     context = Context(
         stage=stage.name,
@@ -51,7 +61,6 @@ def run_stage(stage: Stage[Any], settings: Settings, profile: Profile, terminal:
         profile=profile.name,
         started=started,
     )
-    _refuse_same_path(config.inputs(), config.outputs(), workspace)
     before = _known(config.inputs(), config.outputs())
     inputs = [manifest.state(path, workspace, before) for path in config.inputs() if path.exists()]
     for output in config.outputs():
@@ -105,24 +114,22 @@ def _refuse_same_path(inputs: Sequence[Path], outputs: Sequence[Path], workspace
             )
 
 
+# --- who may write -------------------------------------------------------------------------------
+
+
 @contextmanager
 def locked(workspace: Path, command: str) -> Iterator[None]:
     """Hold the workspace; a second run is refused. The lock dies with the process, however it ends."""
-    from filelock import FileLock, Timeout
-
     folder = workspace / ".mtgdm"
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / "running.json"
-    lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:  # ours alone: the libraries a stage uses have locks of this kind too
-        who = _holder(holder)
+    lock = _acquired(folder / "lock")
+    if lock is None:
         raise UserError(
-            f"another mtgdm run is at work in this workspace{who}",
+            f"another mtgdm run is at work in this workspace{_holder(holder)}",
             where=workspace,
             hint="wait for it, stop it, or give this run another `workspace:`",
-        ) from error
+        )
     try:
         with replace(holder) as file:
             file.write(json.dumps({"pid": os.getpid(), "command": command}).encode("utf-8"))
@@ -130,6 +137,45 @@ def locked(workspace: Path, command: str) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def _writing(outputs: Sequence[Path]) -> Iterator[None]:
+    """Hold what a run writes, wherever it lies: a run in another workspace may have been given the same file.
+
+    Outputs named by time (`train-report-*.json`) are nobody else's. What a killed run leaves behind,
+    `.NAME.lock`, holds nobody up: the lock was its process's, not the file's.
+    """
+    with ExitStack() as held:
+        for output in sorted({path.resolve() for path in outputs if "*" not in path.name}):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            path = output.with_name(f".{output.name}.lock")
+            try:
+                lock = _acquired(path)
+            except PermissionError as error:
+                raise UserError("nothing may be written in this folder", where=output.parent) from error
+            if lock is None:
+                raise UserError(
+                    "another mtgdm run is writing here",
+                    where=output,
+                    hint="wait for it, stop it, or name another place with --out",
+                )
+            held.callback(lock.release)
+            if os.name != "nt":  # Windows has no name to take from an open file; filelock takes it afterwards
+                held.callback(path.unlink, missing_ok=True)
+        yield
+
+
+def _acquired(path: Path) -> BaseFileLock | None:
+    """A lock of the system's, which ends with its process; None where another process has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
 
 
 def _holder(path: Path) -> str:

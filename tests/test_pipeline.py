@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 from mtgdm.manifest import Manifest
 from mtgdm.rows import manifest_path
@@ -136,7 +140,52 @@ def test_a_second_run_in_a_workspace_is_refused_and_a_dead_one_is_not_in_the_way
     process.communicate()
     assert refused.code == 1
     assert f"process {process.pid}: mtgdm train" in refused.err
+    assert (folder / ".mtgdm/running.json").exists(), "what the kill left behind"
     assert mtgdm("prompts", "--profile", "mine").code == 0
+    assert not (folder / ".mtgdm/running.json").exists()
+
+
+def test_an_output_has_one_writer_wherever_it_lies_and_a_killed_one_is_not_in_the_way(tmp_path: Path) -> None:
+    one, two = (CommandLine(tmp_path / name) for name in ("one", "two"))
+    write_lines(one.folder / "spots.jsonl", *(spot(f"景区{n}") for n in range(60_000)))
+    write_lines(two.folder / "spots.jsonl", spot("西湖"))
+    shared = one.folder / "data/prompts.jsonl"
+    there = ("prompts", "--spots", "spots.jsonl", "--out", shared)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mtgdm", "prompts", "--spots", "spots.jsonl"],
+        cwd=one.folder,
+        env=clean_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not list(shared.parent.glob(".prompts.jsonl.tmp")):
+        time.sleep(0.02)
+    refused = two(*there)
+    assert process.poll() is None, "the first one must still be at work"
+    process.kill()
+    process.communicate()
+    assert refused.code == 1
+    assert refused.err.splitlines() == [
+        f"error: {shared}: another mtgdm run is writing here",
+        "hint: wait for it, stop it, or name another place with --out",
+    ]
+    assert (shared.parent / ".prompts.jsonl.lock").exists(), "what the kill left behind"
+    assert two(*there).code == 0
+    assert len(read_rows(shared)) == 3
+    assert sorted(path.name for path in shared.parent.iterdir()) == [
+        "prompts.jsonl",
+        "prompts.jsonl.manifest.json",
+    ]
+
+
+def test_a_folder_that_may_not_be_written_is_named(mtgdm: CommandLine) -> None:
+    folder = workspace(mtgdm)
+    closed = folder / "closed"
+    closed.mkdir(mode=0o500)
+    if os.access(closed, os.W_OK):
+        pytest.skip("root may write anywhere, and Windows knows no such folder")
+    ran = mtgdm("prompts", "--spots", "spots.jsonl", "--out", closed / "prompts.jsonl")
+    assert (ran.code, ran.err) == (1, f"error: {closed}: nothing may be written in this folder\n")
 
 
 def test_a_workspace_of_its_own_holds_everything(mtgdm: CommandLine) -> None:
