@@ -84,6 +84,9 @@ class IdSet(Set[str]):
     def __iter__(self) -> Iterator[str]:
         return hex_digits(self.sorted())
 
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other)  # said here so that mypy lets it be compared with a `set`
+
     def sorted(self) -> IdArray:
         """The ids as a sorted array."""
         self._merge()

@@ -125,6 +125,14 @@ def test_a_lone_surrogate_can_be_written() -> None:
     assert json.loads(line.decode("utf-8"))["text"] == "a\ufffdb😀"
 
 
+def test_a_row_keeps_its_id_on_disk_though_a_lone_surrogate_cannot_be_written(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "西\ud800湖\ud83d\ude00"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(rows.encode({"id": rows.row_id(messages), "messages": messages}))
+    (row,) = rows.read_rows(path)
+    assert (row.id, row.rest) == (rows.row_id(messages), {})
+
+
 def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("old", encoding="utf-8")
@@ -186,6 +194,25 @@ def test_a_journal_knows_what_is_there_and_appends(tmp_path: Path) -> None:
         assert not rows.manifest_path(path).exists()
     assert seen == [1]
     assert [row["id"] for row in read_rows(path)] == [an_id(1), an_id(2)]
+
+
+def test_lines_known_for_what_they_hold_are_not_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b"".join(rows.encode({"id": an_id(n), "by": "us"}) for n in range(40_000)))
+    seen: list[int] = []
+    with rows.Journal(path, inspect=lambda number, line: seen.append(number), known=b'"by": "us"') as journal:
+        journal.append({"id": an_id(40_000), "by": "another"})
+    assert seen == []
+    with rows.Journal(path, inspect=lambda number, line: seen.append(number), known=b'"by": "us"') as journal:
+        assert len(journal.ids) == 40_001
+    assert seen[-1] == 40_001, "the block of the other line is looked at"
+    assert len(seen) < 40_001
+
+
+def test_an_id_that_is_no_hash_is_not_believed(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "journal.jsonl", {"id": "F" * 24, "messages": ANSWERED})
+    with rows.Journal(path) as journal:
+        assert journal.ids == {EXPECTED}
 
 
 @pytest.mark.parametrize(
