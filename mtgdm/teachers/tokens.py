@@ -44,8 +44,7 @@ def at_most(text: str) -> int:
 
 def at_least(text: str) -> int:
     """Tokens of a text, estimated from below: three Han characters, eight letters or four digits make one."""
-    han, letters, digits = _kinds(text)
-    return han // 3 + letters // 8 + digits // 4
+    return _least(_kinds(text))
 
 
 def prompt_at_most(messages: Iterable[dict[str, str]]) -> int:
@@ -75,7 +74,8 @@ class PromptCounts:
 
     def least(self, messages: Sequence[dict[str, str]], seen: int) -> int | None:
         """The tokens that these messages make at least, where the server saw fewer of them; else None."""
-        least, usual = prompt_at_least(messages), _usual(messages)
+        kinds = [_kinds(message["content"]) for message in messages]
+        least, usual = sum(map(_least, kinds)), sum(map(_usual, kinds))
         if len(self._shares) >= LEARNT_FROM:
             median = self._shares[len(self._shares) // 2]
             least = max(least, int(usual * min(1.0, CUT_BELOW * median)))
@@ -86,19 +86,25 @@ class PromptCounts:
         return None
 
 
-def _usual(messages: Sequence[dict[str, str]]) -> float:
-    """Tokens that the vocabularies of Qwen, Llama 3, GPT and DeepSeek hardly ever fall short of."""
-    kinds = [_kinds(message["content"]) for message in messages]
-    return sum(han / 1.8 + letters / 5.5 + digits / 3 for han, letters, digits in kinds)
-
-
 def context_size(longest_prompt: int, max_tokens: int, correction: int = 256) -> int:
     """The context that holds the longest prompt, an answer, its correction and the answer after that."""
     needed = longest_prompt + max_tokens + correction + max_tokens
     return -(-needed // ROUNDED_TO) * ROUNDED_TO
 
 
+def _least(kinds: tuple[int, int, int]) -> int:
+    han, letters, digits = kinds
+    return han // 3 + letters // 8 + digits // 4
+
+
+def _usual(kinds: tuple[int, int, int]) -> float:
+    """Tokens that the vocabularies of Qwen, Llama 3, GPT and DeepSeek hardly ever fall short of."""
+    han, letters, digits = kinds
+    return han / 1.8 + letters / 5.5 + digits / 3
+
+
 def _kinds(text: str) -> tuple[int, int, int]:
+    """Han characters, letters of the alphabet and digits."""
     data = text.encode("utf-8", "surrogatepass")
     return _count(data, _HAN_LEADS), _count(data, _LETTERS), _count(data, _DIGITS)
 
