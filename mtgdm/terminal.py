@@ -106,13 +106,14 @@ class Terminal:
     def progress(self, title: str, total: int | None, unit: str, *, done: int = 0) -> Iterator[Progress]:
         """A bar with rows done/total, rate and time left; off a terminal, a line now and then.
 
-        Where work ends with an error the bar stays as it stood, or goes where nothing was done.
+        Where work is broken off the bar stays as it stood, or goes where nothing was done; a log has a line of
+        it after Ctrl-C, and after an error the error alone.
         """
         if not self.live:
             line = PlainProgress(self, title, total, unit, done)
             try:
                 yield line
-            except BaseException:
+            except KeyboardInterrupt:
                 if line.moved:
                     line.finish()
                 raise
