@@ -153,15 +153,15 @@ def test_batches_change_no_answer(workspace: Path, batch: int) -> None:
 def test_an_answer_ends_at_the_end_of_its_turn() -> None:
     with quiet():
         from mtgdm.student.chat import Chat
-        from mtgdm.student.generation import _answer
+        from mtgdm.student.generation import answer_of
         from mtgdm.student.tiny import build_tokenizer
 
         chat = Chat(build_tokenizer(), "student")
     end = chat.end_of_turn
     ids = chat.tokens("西湖")
-    stopped = _answer(chat, [*ids, end, chat.pad, chat.pad], [end], 9, 0.5)
+    stopped = answer_of(chat, [*ids, end, chat.pad, chat.pad], [end], 9, 0.5)
     assert (stopped.text, stopped.finish_reason, stopped.output_tokens) == ("西湖", "stop", len(ids) + 1)
-    cut = _answer(chat, ids, [end], 9, 0.5)
+    cut = answer_of(chat, ids, [end], 9, 0.5)
     assert (cut.text, cut.finish_reason, cut.output_tokens) == ("西湖", "length", len(ids))
 
 

@@ -23,7 +23,6 @@ from mtgdm.rows import Journal, Row
 from mtgdm.stage import Context, Flag, Input, Output, Result, Runtime, StageConfig, stage
 
 if TYPE_CHECKING:
-    from mtgdm.student.chat import Chat
     from mtgdm.student.generation import Answer
     from mtgdm.terminal import Progress
 
@@ -162,7 +161,7 @@ class _Evaluation:
     def __init__(
         self, config: EvalConfig, context: Context, model: str, wanted: list[Row], leaked: int
     ) -> None:
-        from mtgdm.student import base
+        from mtgdm.student import base, generation
 
         self.config = config
         self.context = context
@@ -178,7 +177,7 @@ class _Evaluation:
                 hint="leave out --compare-base",
             )
         self.placement = base.place(config.device_mode)
-        self.chat = self._chat()
+        self.chat = generation.load_chat(self.source, model, context.workspace)
         self.prompts = {row.id: self._prompt(row) for row in wanted}
         self.max_new_tokens = config.max_new_tokens or self._sized()
         self.label = self._label()
@@ -372,16 +371,6 @@ class _Evaluation:
         return out.with_name(f"{out.stem}.base{out.suffix}")
 
     # --- what is asked ---
-
-    def _chat(self) -> Chat:
-        from mtgdm.student import base
-        from mtgdm.student.chat import Chat
-
-        own = (Path(self.source) / "tokenizer_config.json").is_file()
-        if not self.is_adapter or own:
-            return Chat(base.load_tokenizer(self.source, self.name), self.name)
-        name = base.base_of(self.source)
-        return Chat(base.load_tokenizer(base.locate(name, self.context.workspace), name), name)
 
     def _prompt(self, row: Row) -> list[int]:
         from mtgdm.student.chat import ChatProblem

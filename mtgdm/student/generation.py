@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from peft import PeftModel
@@ -18,6 +18,8 @@ from mtgdm.student.chat import Chat
 
 if TYPE_CHECKING:
     from mtgdm.student.base import Placement
+
+T = TypeVar("T")
 
 _SAVE_MEMORY = "a smaller --batch or --max-new-tokens, --load-in-4bit"
 
@@ -50,35 +52,51 @@ def answers(
     Rows of like length share a batch, so little is padded; in float32 every answer is the one that the
     prompt gets alone. A batch that does not fit is halved and asked again.
     """
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    size = batch
-    done = 0
-    while done < len(order):
-        places = order[done : done + size]
-        try:
-            found = _batch(model, chat, [prompts[place] for place in places], max_new_tokens)
-        except RuntimeError as error:
-            if not base.is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise UserError("out of memory with a single row", hint=_SAVE_MEMORY) from error
-            size = max(1, len(places) // 2)
+    for places, found in Batches(batch).run(
+        prompts,
+        lambda places: _batch(model, chat, [prompts[place] for place in places], max_new_tokens),
+    ):
+        yield list(zip(places, found, strict=True))
+
+
+class Batches:
+    """Prompts in batches of like length; the size is halved, for good, where memory runs out."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def run(
+        self, prompts: Sequence[list[int]], generate: Callable[[list[int]], T]
+    ) -> Iterator[tuple[list[int], T]]:
+        """What `generate` makes of each batch, which it gets as the places of its prompts, longest first.
+
+        A batch that does not fit comes again in halves; UserError where a single prompt does not.
+        """
+        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        done = 0
+        while done < len(order):
+            places = order[done : done + self.size]
+            try:
+                found = generate(places)
+            except RuntimeError as error:
+                if not base.is_out_of_memory(error):
+                    raise
+                if len(places) == 1:
+                    raise UserError("out of memory with a single row", hint=_SAVE_MEMORY) from error
+                self.size = len(places) // 2
+            else:
+                yield places, found
+                done += len(places)
+                continue
+            # Only here is the error gone, whose frames held the tensors.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            continue
-        yield list(zip(places, found, strict=True))
-        done += len(places)
 
 
 def _batch(
     model: PreTrainedModel | PeftModel, chat: Chat, prompts: list[list[int]], max_new_tokens: int
 ) -> list[Answer]:
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), chat.pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, prompt in enumerate(prompts):
-        ids[place, width - len(prompt) :] = torch.tensor(prompt)
-        mask[place, width - len(prompt) :] = 1
+    ids, mask = padded(prompts, chat.pad)
     ends = end_tokens(model, chat)
     started = time.perf_counter()
     with torch.inference_mode():
@@ -88,9 +106,22 @@ def _batch(
             attention_mask=mask.to(model.device),
             generation_config=_greedy(model, ends, chat.pad, max_new_tokens),
         )
-    rows = written[:, width:].tolist()
+    rows = written[:, ids.shape[1] :].tolist()
     seconds = (time.perf_counter() - started) / len(prompts)
-    return [_answer(chat, row, ends, len(prompt), seconds) for row, prompt in zip(rows, prompts, strict=True)]
+    return [
+        answer_of(chat, row, ends, len(prompt), seconds) for row, prompt in zip(rows, prompts, strict=True)
+    ]
+
+
+def padded(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of a batch, both (rows, longest prompt), padded on the left."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, prompt in enumerate(prompts):
+        ids[place, width - len(prompt) :] = torch.tensor(prompt)
+        mask[place, width - len(prompt) :] = 1
+    return ids, mask
 
 
 def _greedy(model: Any, ends: list[int], pad: int, max_new_tokens: int) -> GenerationConfig:
@@ -103,7 +134,8 @@ def _greedy(model: Any, ends: list[int], pad: int, max_new_tokens: int) -> Gener
     )
 
 
-def _answer(chat: Chat, row: list[int], ends: list[int], prompt_tokens: int, seconds: float) -> Answer:
+def answer_of(chat: Chat, row: list[int], ends: list[int], prompt_tokens: int, seconds: float) -> Answer:
+    """What the tokens after a prompt say, up to the first that ends an answer."""
     stop = next((place for place, token in enumerate(row) if token in ends), None)
     written = row if stop is None else row[:stop]
     text = chat.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -121,6 +153,14 @@ def end_tokens(model: PreTrainedModel | PeftModel, chat: Chat) -> list[int]:
     declared = getattr(model.generation_config, "eos_token_id", None)
     ends = [declared] if isinstance(declared, int) else list(declared or [])
     return sorted({chat.end_of_turn, *ends})
+
+
+def load_chat(source: str, name: str, workspace: Path) -> Chat:
+    """The tokenizer and template of a model; an adapter without its own speaks as its base does."""
+    if base.is_adapter(source) and not (Path(source) / "tokenizer_config.json").is_file():
+        name = base.base_of(source)
+        source = base.locate(name, workspace)
+    return Chat(base.load_tokenizer(source, name), name)
 
 
 def load(
