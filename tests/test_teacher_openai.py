@@ -275,6 +275,7 @@ def test_white_space_around_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPat
         (answering(200, {"error": {"message": "out of memory"}}), Retryable, "out of memory"),
         (lambda request: httpx.Response(200, text="<html>"), Retryable, "not JSON"),
         (lambda request: httpx.Response(200, content=b'{"choices": [{"mess'), Retryable, "not JSON"),
+        (lambda request: httpx.Response(200, content=b"[" * 200_000), Retryable, "not JSON"),
         (answering(400, {"error": {"message": "context length exceeded"}}), Refused, "context length"),
         (answering(200, reply() | {"usage": {"prompt_tokens": 1}}), Refused, "the prompt was cut"),
         (

@@ -38,7 +38,10 @@ class Reply:
 
     def json(self) -> Any:
         """The body's JSON; ValueError where it is none, invalid UTF-8 included."""
-        return json.loads(self.body)
+        try:
+            return json.loads(self.body)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
 
 
 class Connections(ABC):
