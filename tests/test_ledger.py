@@ -15,12 +15,13 @@ from mtgdm import manifest, rows
 from mtgdm.errors import BadRow, UserError
 from mtgdm.row_ids import IdSet
 from mtgdm.stages import prompts as prompts_stage
+from mtgdm.teachers.judgement import Judge
 from mtgdm.teachers.ledger import LONGEST_PROMPT, Ledger, Prompts
 from mtgdm.teachers.tokens import prompt_at_most
 from mtgdm.testing import run as run_stage
 from tests import teacher_domain
 from tests.conftest import read_rows, spot, write_lines
-from tests.teacher_domain import prompt_rows, run_teacher
+from tests.teacher_domain import Gardens, prompt_rows, run_teacher
 
 OURS = "0123456789abcdef"
 
@@ -168,7 +169,7 @@ def test_answers_in_any_order_are_settled_into_that_of_the_prompts(tmp_path: Pat
     kept = [answered(row) for row in written if row is not written[4]]
     out = write_lines(tmp_path / "teacher.jsonl", *kept[::-1], kept[0])
     with Ledger(out, OURS) as ledger:
-        settled = ledger.settle(prompts, lambda row, meta: None)
+        settled = ledger.settle(prompts, Judge(Gardens()))
     assert read_rows(out) == kept
     assert (settled.moved, settled.refreshed) == (0, 0)
 
@@ -184,12 +185,12 @@ def test_a_row_on_disk_costs_some_fifty_bytes_of_memory(tmp_path: Path) -> None:
             assert prompts.among(ledger.kept_ids).all()
             taken, _ = tracemalloc.get_traced_memory()
             tracemalloc.reset_peak()
-            ledger.settle(prompts, lambda row, meta: None)
+            ledger.settle(prompts, Judge(Gardens()))
             _, settling = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert taken / len(written) < 64
-    assert (settling - taken - 8 * 2**20) / len(written) < 64, "blocks of a mebibyte aside"
+    assert (settling - taken - 4 * 2**20) / len(written) < 64, "what a block takes aside"
 
 
 def test_the_prompts_of_a_run_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
