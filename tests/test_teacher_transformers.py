@@ -207,7 +207,7 @@ def test_a_row_is_answered_on_the_first_gpu(load_in_4bit: bool) -> None:
 def drawn(scores: list[float], count: int, **how: Any) -> Counter[int]:
     """How often each token of a vocabulary was drawn by so many rows."""
     rows = [sampling.Sampling(seed=f"{number}", longest=1, **how) for number in range(count)]
-    left = sampling.Dice(rows)(torch.zeros(count, 1), torch.tensor([scores] * count))
+    left = sampling.Dice(rows, torch.device("cpu"))(torch.zeros(count, 1), torch.tensor([scores] * count))
     assert bool(((left == 0).sum(dim=-1) == 1).all()), "one token is left"
     return Counter(left.argmax(dim=-1).tolist())
 

