@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
@@ -29,9 +30,10 @@ from mtgdm.profiles import (
     settings_for,
 )
 from mtgdm.registry import Registry, discover
-from mtgdm.stage import Flag, Stage, is_list, key_of, marks, plain_type
+from mtgdm.stage import Context, Flag, Stage, is_list, key_of, marks, plain_type
 
 if TYPE_CHECKING:
+    from mtgdm.pipeline import Step
     from mtgdm.terminal import Terminal
 
 app = typer.Typer(
@@ -341,36 +343,71 @@ def status(profile: ProfileOption = "default", as_json: JsonOption = False) -> N
 
 
 @app.command(rich_help_panel="Pipeline")
-def plan(profile: ProfileOption = "default", as_json: JsonOption = False) -> None:
+def plan(
+    profile: ProfileOption = "default",
+    probe: Annotated[
+        int | None,
+        typer.Option(
+            "--probe",
+            metavar="N",
+            min=1,
+            help="Try N of what is to be done, the rows of the teacher say, to tell tokens and hours; nothing is kept.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what a profile would do to the inputs that are there; nothing is run."""
-    from mtgdm import pipeline
+    from mtgdm import estimates, pipeline
 
     loaded = _load(profile)
     chain = pipeline.steps(_registry(), loaded)
     found = [
-        {
-            "stage": step.stage.name,
-            "state": one.state,
-            **step.settings.config.resolved(loaded.workspace).estimate(),
-        }
+        (step, one, _estimate(step, loaded, probe))
         for step, one in zip(chain, pipeline.conditions(chain, loaded), strict=True)
     ]
     if as_json:
-        _print_json(found)
+        _print_json(
+            [
+                {"stage": step.stage.name, "state": one.state, "why": one.why, **estimates.as_json(estimate)}
+                for step, one, estimate in found
+            ]
+        )
         return
     _terminal().table(
         ["stage", "state", "what it would do"],
         [
             [
-                one["stage"],
-                one["state"],
-                ", ".join(
-                    f"{key.replace('_', ' ')} {_number(value)}" for key, value in list(one.items())[2:]
-                ),
+                step.stage.name,
+                f"{one.state}: {one.why}" if one.why else one.state,
+                "nothing"
+                if one.state == "done"
+                else "\n".join(estimates.in_words(estimate) or _absent(step, loaded)),
             ]
-            for one in found
+            for step, one, estimate in found
         ],
     )
+
+
+def _estimate(step: Step, profile: Profile, probe: int | None) -> dict[str, Any]:
+    config = step.settings.config.resolved(profile.workspace)
+    if probe is None:
+        return config.estimate()
+    context = Context(
+        stage=step.stage.name,
+        workspace=profile.workspace,
+        terminal=_terminal(),
+        domain=profile.domain,
+        profile=profile.name,
+        started=datetime.now().astimezone(),
+    )
+    return config.probe(probe, context)
+
+
+def _absent(step: Step, profile: Profile) -> list[str]:
+    from mtgdm.manifest import relative
+
+    inputs = step.settings.config.resolved(profile.workspace).inputs()
+    return [f"{relative(path, profile.workspace)} is not there yet" for path in inputs if not path.exists()]
 
 
 # --- what is there -------------------------------------------------------------------------------
@@ -513,10 +550,6 @@ def _value(value: Any) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 # --- the one catch -------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from mtgdm.estimates import Expected
 from mtgdm.plugins import named
 from mtgdm.rows import is_manifest
 from mtgdm.shipped import PREFIX, shipped
@@ -43,7 +44,18 @@ if TYPE_CHECKING:
     from mtgdm.domain import Domain
     from mtgdm.terminal import Progress, Terminal
 
-__all__ = ["Context", "Flag", "Input", "Output", "Result", "Runtime", "Stage", "StageConfig", "stage"]
+__all__ = [
+    "Context",
+    "Expected",
+    "Flag",
+    "Input",
+    "Output",
+    "Result",
+    "Runtime",
+    "Stage",
+    "StageConfig",
+    "stage",
+]
 
 
 @dataclass(frozen=True)
@@ -140,8 +152,15 @@ class StageConfig(BaseModel):
         return None
 
     def estimate(self) -> dict[str, Any]:
-        """What a run would have to do, for `mtgdm plan`: counts by name, from the inputs that are there."""
+        """What a run would have to do, for `mtgdm plan`: counts by name, from the inputs that are there.
+
+        What is only expected is an `Expected`, with its range; see `mtgdm.estimates` for how names are shown.
+        """
         return {}
+
+    def probe(self, count: int, context: Context) -> dict[str, Any]:
+        """The same after trying `count` items, for `mtgdm plan --probe N`; nothing of it stays on disk."""
+        return self.estimate()
 
     def _marked(self, kind: type[Input] | type[Output]) -> Iterator[Path]:
         for name, info in type(self).model_fields.items():

@@ -14,7 +14,7 @@ import mtgdm
 PACKAGE = Path(mtgdm.__file__).parent
 LAYERS = [
     {"errors", "rows", "row_ids", "manifest", "plugins", "shipped"},
-    {"stage", "domain", "profiles", "terminal", "interrupts", "checkpoints"},
+    {"stage", "estimates", "domain", "profiles", "terminal", "interrupts", "checkpoints"},
     {"tourism", "teachers", "student", "scoring", "export", "charts", "reports"},
     {"stages"},
     {"registry", "pipeline", "doctor", "testing"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +12,11 @@ from pydantic import Field
 
 from mtgdm.errors import UserError
 from mtgdm.plugins import named
-from mtgdm.rows import read_rows
 from mtgdm.stage import Context, Input, Output, Result, Runtime, stage
 from mtgdm.teachers.endpoints import backends
 from mtgdm.teachers.judgement import Judge
 from mtgdm.teachers.ledger import FactSums, Ledger, Prompts, Settled, count_lines, rejected_path
+from mtgdm.teachers.probe import Work, estimated, probed
 from mtgdm.teachers.seam import GROUP, TeacherSettings
 from mtgdm.teachers.tokens import context_size, prompt_at_most
 
@@ -69,13 +68,30 @@ class TeacherConfig(TeacherSettings):
         return min(total, count_lines(self.out) + count_lines(rejected_path(self.out))), total
 
     def estimate(self) -> dict[str, Any]:
-        """Rows to ask, and an upper bound of the tokens of their prompts."""
-        finished = self.finished()
-        if finished is None:
-            return {}
-        done, total = finished
-        tokens = sum(prompt_at_most(row.prompt) for row in islice(read_rows(self.in_), total))
-        return {"rows": total, "to_ask": total - done, "prompt_tokens_at_most": tokens}
+        """Rows to ask and the tokens of their prompts; tokens and hours of the answers from rows that are there."""
+        work = self._work()
+        return estimated(work, self, self.out) if work else {}
+
+    def probe(self, count: int, context: Context) -> dict[str, Any]:
+        """The same from `count` rows that are asked now; their answers are thrown away."""
+        work = self._work()
+        if work is None or not work.to_ask:
+            return self.estimate()
+        judge = Judge(
+            context.domain, min_fact_recall=self.min_fact_recall, max_unsupported=self.max_unsupported
+        )
+        return probed(work, self, judge, count, context)
+
+    def _work(self) -> Work | None:
+        if not count_lines(self.in_):
+            return None
+        return Work.found(
+            self.in_,
+            self.out,
+            limit=self.limit,
+            overwrite=self.overwrite,
+            retry_rejected=self.retry_rejected,
+        )
 
 
 @stage
