@@ -139,3 +139,23 @@ def test_an_answer_that_stays_below_the_threshold_is_put_aside(tmp_path: Path, g
     rejected = read_rows(tmp_path / "data" / "teacher.rejected.jsonl")
     assert all("missing: 1102" in row["rejected"]["reason"] for row in rejected)
     assert all("1999" in row["rejected"]["text"] for row in rejected)
+
+
+def test_a_threshold_holds_for_answers_of_earlier_runs_too(tmp_path: Path, gardens: None) -> None:
+    write_prompts(tmp_path, 3)
+    settings = {"backend": "ollama", "model": "teacher:7b", "concurrency": 1}
+    with OllamaServer(year_wrong) as server:
+        run_teacher(tmp_path, url=server.url, **settings)
+        asked = len(server.questions)
+        stricter = run_teacher(tmp_path, url=server.url, max_unsupported=0, **settings)
+        assert len(server.questions) == asked
+        assert stricter.result.counts == stricter.result.counts | {"kept": 4, "rejected": 2}
+        assert "2 answers kept earlier do not pass" in " ".join(stricter.warnings)
+        rejected = read_rows(tmp_path / "data" / "teacher.rejected.jsonl")
+        assert ["more than 0: 1999" in row["rejected"]["reason"] for row in rejected] == [True] * 2
+        assert all("1999" in row["rejected"]["text"] and "teacher" not in row["meta"] for row in rejected)
+        server.answer = right_answer
+        again = run_teacher(tmp_path, url=server.url, max_unsupported=0, retry_rejected=True, **settings)
+    assert again.result.counts == again.result.counts | {"kept": 6, "rejected": 0}
+    assert len(read_rows(tmp_path / "data" / "teacher.jsonl")) == 6
+    assert not (tmp_path / "data" / "teacher.rejected.jsonl").exists()

@@ -14,14 +14,13 @@ from mtgdm.errors import UserError
 from mtgdm.plugins import named
 from mtgdm.stage import Context, Input, Output, Result, Runtime, stage
 from mtgdm.teachers.endpoints import backends
-from mtgdm.teachers.judgement import Judge
-from mtgdm.teachers.ledger import FactSums, Ledger, Prompts, Settled, count_lines, rejected_path
+from mtgdm.teachers.judgement import Judge, facts_json
+from mtgdm.teachers.ledger import FactSums, Ledger, Prompts, Settled, count_lines, rejected_path, rejected_row
 from mtgdm.teachers.probe import Work, estimated, probed
 from mtgdm.teachers.seam import GROUP, TeacherSettings
 from mtgdm.teachers.tokens import context_size, prompt_at_most
 
 if TYPE_CHECKING:
-    from mtgdm.domain import FactCheck
     from mtgdm.teachers.loop import Outcome
     from mtgdm.teachers.seam import Backend
 
@@ -112,9 +111,7 @@ def run(config: TeacherConfig, context: Context) -> Result:
         if config.resume_verify and not config.overwrite and config.out.exists():
             ledger.verify(prompts)
         reasons = _ask(config, context, prompts, asked, judge, ledger)
-        settled = ledger.settle(
-            prompts, lambda row, meta: _facts(judge.facts(meta, row.type, row.answer or ""))
-        )
+        settled = ledger.settle(prompts, judge)
     return _report(config, context, prompts, backend, ledger, settled, reasons)
 
 
@@ -200,7 +197,7 @@ def _kept(outcome: Outcome, backend: Backend) -> dict[str, Any]:
         "seconds": completion.seconds,
         "attempts": outcome.attempts,
         "repaired": outcome.repaired,
-        "facts": _facts(outcome.facts),
+        "facts": facts_json(outcome.facts),
     }
     return {
         "id": row.id,
@@ -211,23 +208,15 @@ def _kept(outcome: Outcome, backend: Backend) -> dict[str, Any]:
 
 
 def _rejected(outcome: Outcome, backend: Backend) -> dict[str, Any]:
-    row, completion = outcome.row, outcome.completion
-    rejected = {
-        "reason": outcome.reason,
-        "text": completion.text if completion else "",
-        "finish_reason": completion.finish_reason if completion else None,
-        "attempts": outcome.attempts,
-        "fingerprint": backend.fingerprint,
-    }
-    return {"id": row.id, "messages": row.prompt, "meta": row.meta, **row.rest, "rejected": rejected}
-
-
-def _facts(checked: FactCheck | None) -> dict[str, Any]:
-    """What the answer says of its record; the same keys in every row, whether or not there is a record."""
-    if checked is None:
-        return {"recall": None, "unsupported": []}
-    recall = None if checked.recall is None else round(checked.recall, 4)
-    return {"recall": recall, "unsupported": list(checked.unsupported)}
+    completion = outcome.completion
+    return rejected_row(
+        outcome.row,
+        outcome.reason or "",
+        completion.text if completion else "",
+        fingerprint=backend.fingerprint,
+        finish_reason=completion.finish_reason if completion else None,
+        attempts=outcome.attempts,
+    )
 
 
 def _line(outcome: Outcome) -> str:
@@ -273,7 +262,11 @@ def _report(
     if settled.facts:
         context.terminal.table(
             ["type", "#rows", "#fact recall", "#unsupported claims"],
-            [[kind or "-", *_means(facts)] for kind, facts in settled.facts.items()],
+            [
+                [kind or "-", *_means(settled.facts[kind])]
+                for kind in dict.fromkeys((*context.domain.types, *settled.facts))
+                if kind in settled.facts
+            ],
             title="answers against their records",
         )
     teacher = backend.settings.backend + (f" {backend.model}" if backend.model else "")
@@ -305,6 +298,10 @@ def _say_what_was_settled(context: Context, prompts: Prompts, ledger: Ledger, se
         )
     if settled.dropped:
         context.warn(f"{settled.dropped:,} rejected rows whose prompt is gone were dropped")
+    if settled.put_aside:
+        context.warn(
+            f"{settled.put_aside:,} answers kept earlier do not pass the fact thresholds of this run and were put aside"
+        )
     if settled.refreshed:
         context.print(
             f"{settled.refreshed:,} answers took over the changed meta (split, record) of their prompts"

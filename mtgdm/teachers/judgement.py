@@ -53,7 +53,7 @@ class Judge:
         if problem is not None:
             return Judgement(problem)
         facts = self.facts(row.meta, row.type, text)
-        return Judgement(None if facts is None else self._fact_problem(facts), facts)
+        return Judgement(self.fact_problem(facts), facts)
 
     def facts(self, meta: Mapping[str, Any], prompt_type: str | None, text: str) -> FactCheck | None:
         """What the answer says of the record it was made from; None where the row carries none."""
@@ -62,18 +62,36 @@ class Judge:
             return None
         return self._domain.check_facts(record, prompt_type, text)
 
-    def _fact_problem(self, facts: FactCheck) -> str | None:
-        if facts.recall is not None and facts.recall < self._min_fact_recall:
+    def keeps(self, facts: Mapping[str, Any]) -> bool:
+        """Whether an answer with these facts, as its row carries them, passes the thresholds of this run."""
+        recall, claims = facts.get("recall"), facts.get("unsupported") or ()
+        return not (
+            (isinstance(recall, int | float) and recall < self._min_fact_recall)
+            or (self._max_unsupported is not None and len(claims) > self._max_unsupported)
+        )
+
+    def fact_problem(self, facts: FactCheck | None) -> str | None:
+        """What is wrong with the facts of an answer, in words that its teacher can act on."""
+        if facts is None or self.keeps(facts_json(facts)):
+            return None
+        told, all_ = len(facts.found), len(facts.found) + len(facts.missing)
+        if all_ and told / all_ < self._min_fact_recall:
             return (
-                f"the answer tells {len(facts.found)} of {len(facts.found) + len(facts.missing)} facts of the record, "
-                f"less than {self._min_fact_recall:g}; missing: {_named(facts.missing)}"
+                f"the answer tells {told} of {all_} facts of the record, less than {self._min_fact_recall:g}; "
+                f"missing: {_named(facts.missing)}"
             )
-        if self._max_unsupported is not None and len(facts.unsupported) > self._max_unsupported:
-            return (
-                f"the answer makes {len(facts.unsupported)} claims that the record does not support, "
-                f"more than {self._max_unsupported}: {_named(facts.unsupported)}"
-            )
-        return None
+        return (
+            f"the answer makes {len(facts.unsupported)} claims that the record does not support, "
+            f"more than {self._max_unsupported}: {_named(facts.unsupported)}"
+        )
+
+
+def facts_json(checked: FactCheck | None) -> dict[str, Any]:
+    """`meta.teacher.facts` of a row; the same keys in every row, whether or not there is a record."""
+    if checked is None:
+        return {"recall": None, "unsupported": []}
+    recall = None if checked.recall is None else round(checked.recall, 4)
+    return {"recall": recall, "unsupported": list(checked.unsupported)}
 
 
 def script_problem(text: str, script: Script | None) -> str | None:

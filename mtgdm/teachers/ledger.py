@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Self
 from mtgdm import manifest
 from mtgdm.errors import BadRow, UserError
 from mtgdm.rows import Journal, Row, encode, manifest_path, put_in_order, read_blocks, read_rows, replace
+from mtgdm.teachers.judgement import facts_json
 
 if TYPE_CHECKING:
     from mtgdm.row_ids import IdList, IdSet, Mask
+    from mtgdm.teachers.judgement import Judge
 
 LONGEST_PROMPT = "longest_prompt_tokens"
 """The count in the manifest of a prompts file that says how long its longest prompt is."""
@@ -126,6 +128,8 @@ class Settled:
     """Kept rows whose prompt is gone, now in the stale file."""
     dropped: int = 0
     """Rejected rows whose prompt is gone."""
+    put_aside: int = 0
+    """Rows kept under other thresholds, now in the rejected file."""
     refreshed: int = 0
     """Kept rows whose prompt has another `meta` now."""
 
@@ -144,6 +148,9 @@ class Ledger:
         self._open = ExitStack()
         self._kept: Journal | None = None
         self._lost: Journal | None = None
+        self._facts: dict[str, FactSums] = {}
+        """What the rows of this run say of their records."""
+        self._resumed = False
         self.kept_ids: IdSet = IdSet()
         self.rejected_ids: IdSet = IdSet()
         """Rejected under this fingerprint: rows another teacher failed on are asked again."""
@@ -156,6 +163,7 @@ class Ledger:
                 ours = _FINGERPRINT + self._fingerprint.encode() + b'"'
                 self._kept = self._open.enter_context(Journal(self.out, inspect=self._compare, known=ours))
                 self.kept_ids = self._kept.ids
+                self._resumed = bool(self.kept_ids)
             if self.rejected.exists():
                 self._lost = self._open.enter_context(Journal(self.rejected, inspect=self._remember))
         except BaseException:
@@ -177,6 +185,8 @@ class Ledger:
             self._kept = self._open.enter_context(Journal(self.out))
             self.kept_ids = self._kept.ids
         self._append(self._kept, row)
+        if facts := _facts(row["meta"]):
+            self._facts.setdefault(row["meta"].get("type") or "", FactSums()).add(facts)
 
     def reject(self, row: dict[str, Any]) -> None:
         """Put a row aside with the reason."""
@@ -247,24 +257,24 @@ class Ledger:
 
     # --- at the end ------------------------------------------------------------------------------
 
-    def settle(
-        self, prompts: Prompts, check: Callable[[Row, Mapping[str, Any]], dict[str, Any] | None]
-    ) -> Settled:
+    def settle(self, prompts: Prompts, judge: Judge) -> Settled:
         """Bring both files into prompt order and up to the prompts as they are; what is so is not touched.
 
-        `check` compares the answer of a row with the record of its prompt, for rows whose meta changed.
+        Answers kept under other thresholds are held to those of `judge`.
         """
         self._open.close()
         done = Settled()
         if self.out.exists():
             put_in_order(self.out, prompts.ids)
-            if self._survey(prompts, done):
-                self._rewrite(prompts, check)
+            if not self._resumed:  # nothing but what this run wrote, from the prompts as they are
+                done.facts = self._facts
+            elif self._survey(prompts, judge, done):
+                self._rewrite(prompts, judge)
         if self.rejected.exists():
             self._tidy_rejected(prompts, done)
         return done
 
-    def _survey(self, prompts: Prompts, done: Settled) -> bool:
+    def _survey(self, prompts: Prompts, judge: Judge, done: Settled) -> bool:
         """Count what has no prompt or another meta, and gather the facts; says whether to rewrite."""
         for row, prompt in self._beside(prompts):
             if prompt is None:
@@ -272,30 +282,43 @@ class Ledger:
                 continue
             if not _same_meta(row, prompt):
                 done.refreshed += 1
-            teacher = row.meta.get("teacher")
-            facts = teacher.get("facts") if isinstance(teacher, dict) else None
-            if isinstance(facts, dict):
+            facts = _facts(row.meta)
+            if not judge.keeps(facts):
+                done.put_aside += 1
+            elif facts:
                 done.facts.setdefault(row.type or "", FactSums()).add(facts)
-        return bool(done.moved or done.refreshed)
+        return bool(done.moved or done.refreshed or done.put_aside)
 
-    def _rewrite(
-        self, prompts: Prompts, check: Callable[[Row, Mapping[str, Any]], dict[str, Any] | None]
-    ) -> None:
-        with replace(self.out) as file, Journal(self.stale) as stale:
+    def _rewrite(self, prompts: Prompts, judge: Judge) -> None:
+        from mtgdm.row_ids import IdSet
+
+        kept = IdSet()
+        with replace(self.out) as file, Journal(self.stale) as stale, Journal(self.rejected) as rejected:
             for row, prompt in self._beside(prompts):
                 if prompt is None:
                     if row.id not in stale.ids:
                         stale.append(_as_json(row, row.meta))
-                elif _same_meta(row, prompt):
-                    file.write(encode(_as_json(row, row.meta)))
-                else:
+                    continue
+                meta = row.meta
+                problem = None
+                if not (_same_meta(row, prompt) and judge.keeps(_facts(meta))):
+                    checked = judge.facts(prompt.meta, row.type, row.answer or "")
+                    problem = judge.fact_problem(checked)
                     meta = _without_teacher(prompt.meta)
-                    teacher = row.meta.get("teacher")
-                    if isinstance(teacher, dict):
-                        meta["teacher"] = {**teacher, "facts": check(row, prompt.meta)}
+                    if isinstance(teacher := row.meta.get("teacher"), dict):
+                        meta["teacher"] = {**teacher, "facts": facts_json(checked)}
+                if problem is None:
                     file.write(encode(_as_json(row, meta)))
-        if self.stale.stat().st_size == 0:
-            self.stale.unlink()
+                    kept.add(row.id)
+                else:
+                    rejected.append(
+                        rejected_row(row, problem, row.answer or "", fingerprint=self._fingerprint)
+                    )
+                    self.rejected_ids.add(row.id)
+        self.kept_ids = kept
+        for journal in (self.stale, self.rejected):
+            if journal.stat().st_size == 0:
+                journal.unlink()
 
     def _beside(self, prompts: Prompts) -> Iterator[tuple[Row, Row | None]]:
         """Each answer with its prompt: both stand in prompt order, answers without one at the end."""
@@ -328,6 +351,27 @@ class Ledger:
         put_in_order(self.rejected, prompts.ids)
 
 
+def rejected_row(
+    row: Row,
+    reason: str,
+    text: str,
+    *,
+    fingerprint: str,
+    finish_reason: str | None = None,
+    attempts: int | None = None,
+) -> dict[str, Any]:
+    """A prompt without an answer: why, and the text that was not kept. `attempts` is None for a second look."""
+    rejected = {
+        "reason": reason,
+        "text": text,
+        "finish_reason": finish_reason,
+        "attempts": attempts,
+        "fingerprint": fingerprint,
+    }
+    meta = _without_teacher(row.meta)
+    return {"id": row.id, "messages": row.prompt, "meta": meta, **row.rest, "rejected": rejected}
+
+
 def rejected_path(out: Path) -> Path:
     """Where the rejected rows of an output lie: `teacher.jsonl` has `teacher.rejected.jsonl` beside it."""
     return out.with_name(f"{out.stem}.rejected{out.suffix}")
@@ -349,6 +393,12 @@ def _longest_noted(path: Path) -> int | None:
         return None
     then = made.output.model_copy(update={"path": path.name})
     return longest if manifest.state(path, path.parent, [then]).sha256 == then.sha256 else None
+
+
+def _facts(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    teacher = meta.get("teacher")
+    facts = teacher.get("facts") if isinstance(teacher, dict) else None
+    return facts if isinstance(facts, dict) else {}
 
 
 def _same_meta(row: Row, prompt: Row) -> bool:

@@ -125,6 +125,9 @@ class Loop:
         self._kept = 0
         self._held: list[Outcome] = []
         self._again: deque[Row] = deque()
+        self._workers = 0
+        self._waiting = 0
+        """Workers whose row waits for its next try."""
 
     @property
     def in_flight(self) -> int:
@@ -133,19 +136,16 @@ class Loop:
 
     async def run(self, rows: Iterator[Row], record: Callable[[Outcome], None]) -> None:
         """Ask for every row; `record` gets each outcome as it comes, in no particular order."""
+        self._rows, self._record = rows, record
         async with self._endpoints:
             await self._check()
-            # Twice as many tasks as may be in flight: the other half takes over where rows wait for their next try.
-            workers = [
-                asyncio.create_task(self._work(rows, record)) for _ in range(2 * self._settings.concurrency)
-            ]
             try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-            self._give_up_held(record)
+                async with asyncio.TaskGroup() as self._group:
+                    for _ in range(self._settings.concurrency):
+                        self._hire()
+            except BaseExceptionGroup as failed:
+                raise failed.exceptions[0] from failed
+            self._give_up_held()
 
     async def _check(self) -> None:
         """Ask every endpoint whether it is there; Unavailable where none is."""
@@ -162,17 +162,25 @@ class Loop:
                     raise
                 self._set_aside(endpoint, str(error))
 
-    async def _work(self, rows: Iterator[Row], record: Callable[[Outcome], None]) -> None:
-        while True:
+    def _hire(self) -> None:
+        """One more worker where others wait for their next try; twice as many in all as may be in flight."""
+        concurrency = self._settings.concurrency
+        if self._workers - self._waiting < concurrency and self._workers < 2 * concurrency:
+            self._workers += 1
+            self._group.create_task(self._work())
+
+    async def _work(self) -> None:
+        while self._workers - self._waiting <= self._settings.concurrency:
             endpoint = await self._endpoints.take()
-            row = self._again.popleft() if self._again else next(rows, None)
+            row = self._again.popleft() if self._again else next(self._rows, None)
             if row is None:
                 self._endpoints.give_back(endpoint)
-                return
+                break
             outcome = await self._ask(row, endpoint)
             for proved in self._proved(outcome):
-                record(proved)
+                self._record(proved)
             await asyncio.sleep(0)  # a backend that never waits must not keep Ctrl-C out
+        self._workers -= 1
 
     # --- one row ---------------------------------------------------------------------------------
 
@@ -271,7 +279,16 @@ class Loop:
             tries += 1
             elapsed_s = time.monotonic() - started
             self._say(f"{asking.row.id}: {error} after {elapsed_s:.2f} s, try {tries + 1} in {pause_s:.1f} s")
+            await self._wait(pause_s)
+
+    async def _wait(self, pause_s: float) -> None:
+        """Wait for the next try of a row, and let another worker do this one's work."""
+        self._waiting += 1
+        self._hire()
+        try:
             await asyncio.sleep(pause_s)
+        finally:
+            self._waiting -= 1
 
     async def _once(self, asking: _Asking, messages: list[Message], endpoint: Endpoint) -> Completion:
         """One question over one endpoint, which learns from how it ends."""
@@ -347,13 +364,13 @@ class Loop:
             ready = [one for one in ready if one.failure is not Failure.EXHAUSTED]
         return [*ready, outcome]
 
-    def _give_up_held(self, record: Callable[[Outcome], None]) -> None:
+    def _give_up_held(self) -> None:
         """The end of a run that no answer followed: rows the teacher was not there for are not rejected."""
         last = self._held[-1] if self._held else None
         if last and last.failure is Failure.EXHAUSTED and (last.lost or not self._answers):
             raise self._gone()
         for outcome in self._held:
-            record(outcome)
+            self._record(outcome)
 
     def _gone(self) -> Unavailable:
         count, last = len(self._held), self._held[-1]
