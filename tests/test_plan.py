@@ -323,7 +323,7 @@ def test_a_probe_of_what_is_all_answered_asks_nothing(tmp_path: Path, server: Ol
 
     found = probe(tmp_path, 8, server)
 
-    assert (found["rows"], found["to_ask"], server.asked) == (6, 0, [])
+    assert (found["rows"], found["to_ask"], found["hours"], server.asked) == (6, 0, None, [])
 
 
 # --- from some to all ----------------------------------------------------------------------------

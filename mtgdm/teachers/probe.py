@@ -93,7 +93,7 @@ class Work:
 
 def estimated(work: Work, settings: TeacherSettings, out: Path) -> dict[str, Any]:
     """What a run has to do, as far as can be known without asking: from the finished rows, where there are any."""
-    answers = _finished(out, settings)
+    answers = _finished(out, settings) if work.to_ask else []
     found = _expected(work, settings, answers)
     found["rests_on"] = f"{len(answers):,} finished rows" if answers else None
     if work.to_ask and not answers:
@@ -201,7 +201,7 @@ def _ask(work: Work, settings: TeacherSettings, judge: Judge, count: int, contex
             asked[identity] = _Asked(began[identity], time.monotonic(), outcome)
             kept = sum(one.outcome.reason is None for one in asked.values())
             bar.advance()
-            bar.note(f"{kept:,} would be kept · {loop.in_flight} in flight")
+            bar.note(f"{kept:,} would be kept")
 
         loop = Loop(
             backends(teacher, settings, context.domain),
