@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import h11
 import httpx
 
 from mtgdm.errors import SettingError
 from mtgdm.teachers.seam import Retryable
 
 CONNECT_TIMEOUT_S = 10.0
-_READ_AHEAD = 1 << 20
-"""Bytes that are taken from a socket before they are asked for, and the longest head of a reply."""
+READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -90,69 +90,63 @@ def _under(url: httpx.URL, path: str) -> httpx.URL:
 
 
 class Direct(Connections):
-    """HTTP/1.1 over asyncio's streams: one connection for each request in flight, the one used last taken first.
+    """Sockets of asyncio, HTTP/1.1 of h11: one connection for each request in flight, the one used last taken first.
 
-    A shared httpx client costs ten times the CPU: objects for every header and URL, and a pool that is
-    looked through at every request and every close.
+    httpx and httpcore, which speak HTTP through h11 too, cost several times the CPU: objects for every header
+    and URL, and a shared pool that is looked through at every request and every close.
     """
 
     def __init__(self, url: httpx.URL, headers: dict[str, str]) -> None:
         if url.userinfo:
             headers = {"Authorization": f"Basic {b64encode(url.userinfo).decode('ascii')}"} | headers
         lines = {"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity"} | headers
-        self._fields = "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode("ascii")
-        self._heads: dict[tuple[str, str], bytes] = {}
+        self._headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in lines.items()]
+        self._targets: dict[str, bytes] = {}
         self._url = url
         self._tls = httpx.create_ssl_context() if url.scheme == "https" else None
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[_Connection] = []
 
     async def send(self, method: str, path: str, body: bytes | None = None) -> Reply:
         """One request over an idle connection, or a new one."""
-        reader, writer = await self._open()
-        usable = False
+        connection = await self._open()
         try:
-            writer.write(self._request(method, path, body))
-            reply, usable = await _read(reader)
-        except EOFError as error:
-            raise Retryable("the connection was closed before the reply was whole") from error
+            return await connection.send(self._request(method, path, body), body)
+        except h11.RemoteProtocolError as error:
+            if connection.closed:
+                raise Retryable("the connection was closed before the reply was whole") from error
+            raise Retryable(f"the reply is not HTTP: {error}") from error
         except OSError as error:
             raise Retryable(f"the connection was lost: {error}") from error
-        except (ValueError, asyncio.LimitOverrunError) as error:
-            raise Retryable(f"the reply is not HTTP: {error}") from error
         finally:
             # What was cancelled halfway would answer the next question with the reply to this one.
-            if usable:
-                self._idle.append((reader, writer))
+            if connection.ready:
+                self._idle.append(connection)
             else:
-                writer.transport.abort()
-        return reply
+                connection.abort()
 
     async def aclose(self) -> None:
         """Close every idle connection."""
-        for _, writer in self._idle:
-            writer.transport.abort()
-        self._idle.clear()
+        while self._idle:
+            self._idle.pop().abort()
         await asyncio.sleep(0)  # transports close in the loop's next turn
 
-    def _request(self, method: str, path: str, body: bytes | None) -> bytes:
-        head = self._heads.get((method, path))
-        if head is None:
-            target = _under(self._url, path).raw_path.decode("ascii")
-            head = f"{method} {target} HTTP/1.1\r\n".encode("ascii") + self._fields
-            self._heads[method, path] = head
-        return head + b"\r\n" if body is None else b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body)
+    def _request(self, method: str, path: str, body: bytes | None) -> h11.Request:
+        if path not in self._targets:
+            self._targets[path] = _under(self._url, path).raw_path
+        length = [] if body is None else [(b"Content-Length", b"%d" % len(body))]
+        return h11.Request(method=method, target=self._targets[path], headers=self._headers + length)
 
-    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _open(self) -> _Connection:
         while self._idle:
-            reader, writer = self._idle.pop()
-            if not (reader.at_eof() or reader.exception() or writer.is_closing()):
-                return reader, writer
-            writer.transport.abort()
+            connection = self._idle.pop()
+            if not connection.closed:
+                return connection
+            connection.abort()
         port = self._url.port or (443 if self._tls else 80)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                return await asyncio.open_connection(
-                    self._url.raw_host.decode("ascii"), port, ssl=self._tls, limit=_READ_AHEAD
+                return _Connection(
+                    *await asyncio.open_connection(self._url.raw_host.decode("ascii"), port, ssl=self._tls)
                 )
         except TimeoutError as error:
             raise Retryable(f"no connection within {CONNECT_TIMEOUT_S:g} s", lost=True) from error
@@ -160,37 +154,48 @@ class Direct(Connections):
             raise Retryable(f"no connection: {error}", lost=True) from error
 
 
-async def _read(reader: asyncio.StreamReader) -> tuple[Reply, bool]:
-    """A reply, and whether its connection can carry another request; ValueError where it is not HTTP/1."""
-    status = 100
-    while status < 200:  # 100 Continue and its like come before the reply
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        line, *fields = head.removesuffix("\r\n\r\n").split("\r\n")
-        version, code = line.split(" ", 2)[:2]
-        if version not in ("HTTP/1.1", "HTTP/1.0"):
-            raise ValueError(line[:80])
-        status = int(code)
-    headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
-    usable = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
-    if status in (204, 304):
-        body = b""
-    elif "chunked" in headers.get("transfer-encoding", "").lower():
-        body = await _chunks(reader)
-    elif "content-length" in headers:
-        body = await reader.readexactly(int(headers["content-length"]))
-    else:
-        body, usable = await reader.read(), False
-    return Reply(status, headers, body), usable
+class _Connection:
+    """One connection, for one request at a time."""
 
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._http = h11.Connection(h11.CLIENT)
+        self.ready = True
+        """Whether it can carry another request: the last reply came whole, and the server holds the line."""
 
-async def _chunks(reader: asyncio.StreamReader) -> bytes:
-    chunks = []
-    while size := int((await reader.readuntil(b"\n")).partition(b";")[0], 16):
-        chunks.append(await reader.readexactly(size))
-        await reader.readexactly(2)
-    while (await reader.readuntil(b"\n")).strip():
-        pass  # trailers say nothing here
-    return b"".join(chunks)
+    @property
+    def closed(self) -> bool:
+        """Whether the other side has hung up."""
+        return self._reader.at_eof() or self._reader.exception() is not None or self._writer.is_closing()
+
+    async def send(self, request: h11.Request, body: bytes | None) -> Reply:
+        """One request and its whole reply; OSError or h11's RemoteProtocolError where none comes."""
+        self.ready = False
+        parts = [request, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
+        self._writer.write(b"".join(self._http.send(part) or b"" for part in parts))
+        head, chunks = None, []
+        while not isinstance(event := await self._event(), h11.EndOfMessage):
+            if isinstance(event, h11.Response):
+                head = event
+            elif isinstance(event, h11.Data):
+                chunks.append(event.data)
+        assert head is not None  # h11 lets no message end that did not begin
+        if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
+            self._http.start_next_cycle()
+            self.ready = True
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
+        return Reply(head.status_code, headers, b"".join(chunks))
+
+    async def _event(self) -> h11.Event:
+        while (event := self._http.next_event()) is h11.NEED_DATA:
+            self._http.receive_data(await self._reader.read(READ_BYTES))
+        assert isinstance(event, h11.Event)  # PAUSED comes only to those who go on without a new cycle
+        return event
+
+    def abort(self) -> None:
+        """Close it at once."""
+        self._writer.transport.abort()
 
 
 class ThroughHttpx(Connections):
