@@ -389,7 +389,7 @@ class Journal:
             self._file.close()
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row; its first key must be `id`, which the next start reads without parsing the line."""
+        """Write one row; its first key must be its `row_id`, which the next start reads without parsing."""
         if next(iter(row)) != "id":
             raise ValueError("the first key of a journal row is its id")
         if self._failure is not None:

@@ -382,7 +382,7 @@ def count_lines(path: Path) -> int:
     if not path.is_file():
         return 0
     with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 18), b""))
 
 
 def _longest_noted(path: Path) -> int | None:
