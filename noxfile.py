@@ -54,10 +54,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what the README claims about speed: ratios, side by side in one run."""
+    """Measure what is claimed about speed: ratios, side by side in one run; `nox -s bench -- teacher` for one."""
     _install(session)
     for script in sorted(Path("tests/bench").glob("*.py")):
-        session.run("python", str(script), *session.posargs)
+        if not session.posargs or script.stem in session.posargs:
+            session.run("python", str(script))
 
 
 def _install(session: nox.Session, *groups: str) -> None:
