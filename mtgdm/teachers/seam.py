@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -161,7 +162,7 @@ class Backend(ABC):
             "seed": self.settings.seed,
         }
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits over everything that changes an answer.
 
