@@ -251,6 +251,28 @@ def test_a_key_that_the_server_repeats_is_not_repeated_here(monkeypatch: pytest.
     )
 
 
+@pytest.mark.parametrize("key", ["EMPTY", "none", "30"])
+def test_a_key_that_stands_in_an_answer_by_chance_is_left_in_it(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", key)
+    text = '{"name": "none of 30 halls is EMPTY"}'
+    completion = ask(answering(200, reply(text)))
+    assert (completion.text, completion.prompt_tokens) == (text, 30)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [httpx.Response(200, json={"error": f"bad {KEY}"}), httpx.Response(200, html=f"<p>bad {KEY}</p>")],
+)
+def test_a_key_is_not_shown_where_an_error_comes_under_status_200(
+    reply: httpx.Response, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    with pytest.raises(Retryable, match=r"bad \*\*\*"):
+        ask(lambda request: reply)
+
+
 def test_white_space_around_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", f" {KEY}\n")
 

@@ -30,6 +30,8 @@ class Reply:
     status: int
     headers: Mapping[str, str]
     body: bytes
+    secret: str = ""
+    """What no message about this reply may show, though some servers repeat the key that they refuse."""
 
     @cached_property
     def text(self) -> str:

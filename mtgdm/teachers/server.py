@@ -9,6 +9,7 @@ import socket
 import ssl
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -114,11 +115,7 @@ class ServerBackend(Backend):
         return reply
 
     async def _send(self, method: str, path: str, body: bytes | None) -> Reply:
-        reply = await self._connections.send(method, path, body)
-        secret = self._secret.encode("utf-8")
-        if secret and secret in reply.body:  # some servers repeat the key that they refuse
-            return replace(reply, body=reply.body.replace(secret, b"***"))
-        return reply
+        return replace(await self._connections.send(method, path, body), secret=self._secret)
 
     def _raise_for(self, reply: Reply) -> None:
         """What an answer other than 200 means."""
@@ -200,14 +197,14 @@ def reply_object(reply: Reply) -> dict[str, Any]:
 
 def said(reply: Reply) -> str:
     """The server's own words for what is wrong: `{"error": "..."}`, `{"error": {"message": "..."}}`, or the body."""
+    text = reply.text
     if _is_web_page(reply):
-        title = _TITLE.search(reply.text)
-        return _beginning(title[1] if title else _TAG.sub(" ", reply.text))
-    try:
-        value = reply.json()
-    except ValueError:
-        return _beginning(reply.text)
-    return _beginning(_error_text(value) or reply.text)
+        title = _TITLE.search(text)
+        text = title[1] if title else _TAG.sub(" ", text)
+    else:
+        with suppress(ValueError):
+            text = _error_text(reply.json()) or text
+    return _beginning(text.replace(reply.secret, "***") if reply.secret else text)
 
 
 def speaks_of_the_model(reply: Reply) -> bool:
