@@ -174,7 +174,20 @@ def test_an_address_may_be_written_as_people_write_it(given: str) -> None:
     assert server_url(given, Ollama.paths) == "http://localhost:11434"
 
 
-@pytest.mark.parametrize("given", ["", "http://", "ftp://localhost", "http://local host:x"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "http://",
+        "ftp://localhost",
+        "http://local host:x",
+        "http://two..dots",
+        f"http://{64 * 'a'}.example",
+        "localhost:65537",
+        "localhost:0",
+        "localhost:-1",
+    ],
+)
 def test_what_is_no_address_is_a_wrong_setting(given: str) -> None:
     with pytest.raises(SettingError, match="no address of a server"):
         server_url(given, Ollama.paths)

@@ -202,6 +202,7 @@ def test_a_thought_alone_is_no_answer(message: dict[str, Any]) -> None:
         ("Tue, 15 Nov 1994 08:12:31 GMT", 0.0),
         ("soon", None),
         ("", None),
+        (f"Tue, 15 Nov {20 * '9'} 08:12:31 GMT", None),
     ],
 )
 def test_retry_after_is_a_number_of_seconds_or_a_date(
@@ -295,6 +296,7 @@ def test_white_space_around_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPat
         (answering(200, reply(finish_reason=None)), Retryable, "broke off"),
         (answering(200, {"choices": []}), Retryable, "no message"),
         (answering(200, {"error": {"message": "out of memory"}}), Retryable, "out of memory"),
+        (answering(200, {"error": '{"error": ' + "[" * 200_000}), Retryable, "the server says"),
         (lambda request: httpx.Response(200, text="<html>"), Retryable, "not JSON"),
         (lambda request: httpx.Response(200, content=b'{"choices": [{"mess'), Retryable, "not JSON"),
         (lambda request: httpx.Response(200, content=b"[" * 200_000), Retryable, "not JSON"),

@@ -163,11 +163,13 @@ def server_url(given: str, paths: Sequence[str] = ()) -> str:
         text = text.removesuffix(ending)
     try:
         url = httpx.URL(text)
-    except httpx.InvalidURL as error:
+        url.raw_host.decode("ascii").encode("idna")  # as sockets do: labels that are empty or too long
+    except (httpx.InvalidURL, UnicodeError) as error:
         raise SettingError(
             f"'{given}' is no address of a server: {error}", hint="http://localhost:11434"
         ) from error
-    if url.scheme not in ("http", "https") or not url.host:
+    no_port = url.port is not None and not 0 < url.port < 1 << 16
+    if url.scheme not in ("http", "https") or not url.host or no_port:
         raise SettingError(f"'{given}' is no address of a server", hint="http://localhost:11434")
     return text
 
@@ -234,7 +236,7 @@ def _error_text(value: Any) -> str:
     if isinstance(error, str) and error.lstrip().startswith("{"):
         try:
             return _error_text(json.loads(error)) or error
-        except ValueError:
+        except (ValueError, RecursionError):
             return error
     return str(error) if error else ""
 
@@ -257,7 +259,7 @@ def _retry_after_s(reply: Reply) -> float | None:
         pass
     try:
         when = parsedate_to_datetime(given)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     when = when if when.tzinfo else when.replace(tzinfo=UTC)
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
