@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from itertools import accumulate
 
 MIN_HAN = 30
 MIN_WORDS = 20
@@ -14,12 +13,14 @@ CHINESE_FIRST = 1.7
 Two paragraphs give nearly 2, with foreign names on both sides 1.8; alternating ones 1.5, English first 1."""
 
 _HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_LATIN = re.compile("[A-Za-z]")
 _WORD = re.compile(r"[A-Za-z]+(?:['’-][A-Za-z]+)*")
 _CUT = re.compile(r"\n+|(?<=[。！？”）])")
 _ENDS = (".", "!", "?", "。", "！", "？", "…")
 _TRAILING = " \t\r\n*_`\"'”’）)」』】"
 _HEADING = re.compile(r"\n[^\S\n]*[#*\-\s]*(?:English|英文)[^\n。.]{0,30}$", re.IGNORECASE)
 _REPEATED = re.compile(r"(.{2,60}?)\1{3,}", re.DOTALL)
+_REPEATED_SHORT = re.compile(r"(.{2,5}?)\1{3,}", re.DOTALL)
 _SENTENCE = re.compile(r"[^。！？.!?\n]{8,}[。！？.!?]")
 
 _CLAUSE = re.compile("[㐀-鿿“”《》、\\d]{10,}(?=[，；。：！？])")
@@ -78,12 +79,14 @@ def problem(text: str) -> str | None:
 
 def _halves(text: str) -> tuple[str, str, float]:
     """The text cut where Chinese ends and English begins, and how clean that cut is (0 to 2)."""
-    han = [0, *accumulate(1 if _HAN.match(character) else 0 for character in text)]
-    latin = [0, *accumulate(1 if character.isascii() and character.isalpha() else 0 for character in text)]
+    all_han, all_latin = len(_HAN.findall(text)), len(_LATIN.findall(text))
     best, where = 0.0, len(text)
+    han = latin = start = 0
     for match in _CUT.finditer(text):
         place = match.end()
-        score = han[place] / (han[-1] or 1) + (latin[-1] - latin[place]) / (latin[-1] or 1)
+        part = text[start:place]
+        han, latin, start = han + len(_HAN.findall(part)), latin + len(_LATIN.findall(part)), place
+        score = han / (all_han or 1) + (all_latin - latin) / (all_latin or 1)
         if score > best:
             best, where = score, place
     return text[:where].strip(), text[where:].strip(), best
@@ -96,7 +99,9 @@ def _finished(part: str) -> bool:
 
 def _loop(text: str) -> str | None:
     """The beginning of words that come again and again, or None."""
-    for repeated in _REPEATED.finditer(text):
+    chunks = _repeated(text, 16)
+    # Four times six characters or more repeat a chunk of 16: without one, only the shortest are looked for.
+    for repeated in (_REPEATED if chunks else _REPEATED_SHORT).finditer(text):
         if str(repeated[1]).strip(" -=*_.…—\n"):  # a rule of dashes is no loop
             return str(repeated[1]).strip()[:24]
     for pattern in (_SENTENCE, _CLAUSE):
@@ -104,21 +109,17 @@ def _loop(text: str) -> str | None:
         for words, count in counted.items():
             if count >= 3:
                 return words[:24]
-    for length, alphabet in ((16, _HAN), (60, None)):
-        chunks: dict[str, list[int]] = {}
-        for place in range(0, len(text) - length + 1):
-            chunks.setdefault(text[place : place + length], []).append(place)
-        for chunk, places in chunks.items():
-            if alphabet is not None and len(alphabet.findall(chunk)) < length // 2:
-                continue  # an English name of 16 letters may well occur three times
-            if _apart(places, length) >= 4:
-                return chunk[:24]
+    for chunk in chunks:
+        # An English name of 16 letters may well occur three times.
+        if len(_HAN.findall(chunk)) >= 8 and text.count(chunk) >= 4:
+            return chunk[:24]
+    for chunk in _repeated(text, 60) if chunks else ():
+        if text.count(chunk) >= 4:
+            return chunk[:24]
     return None
 
 
-def _apart(places: list[int], length: int) -> int:
-    count, end = 0, 0
-    for place in places:
-        if place >= end:
-            count, end = count + 1, place + length
-    return count
+def _repeated(text: str, length: int) -> list[str]:
+    """The chunks of so many characters that stand in a text more than once, in their order."""
+    counted = Counter(text[place : place + length] for place in range(len(text) - length + 1))
+    return [chunk for chunk, count in counted.items() if count > 1]
