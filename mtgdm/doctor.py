@@ -162,7 +162,7 @@ def _teacher(profile: Profile, registry: Registry) -> Iterator[Finding]:
         yield Finding(state="wrong", what=f"teacher {name}", found=str(error), mend=error.hint or "")
         return
     for backend in found:
-        what = f"teacher {name}" + (f" at {backend.settings.url[0]}" if len(found) > 1 else "")
+        what = f"teacher {name}" + (f" at {backend.place}" if len(found) > 1 else "")
         yield _checked(what, backend)
 
 

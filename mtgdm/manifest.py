@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from importlib import metadata
@@ -118,6 +119,13 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def without_password(value: Any) -> Any:
+    """A setting without the name and the password that an address in it may carry."""
+    if isinstance(value, list):
+        return [without_password(one) for one in value]
+    return re.sub(r"(?<=://)[^/@]*@", "", value) if isinstance(value, str) else value
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

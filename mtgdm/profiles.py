@@ -268,7 +268,7 @@ def settings_for(
 
     `flags` holds what the command line gave, by key.
     """
-    from mtgdm.manifest import SettingValue
+    from mtgdm.manifest import SettingValue, without_password
 
     check_section(stage, profile)
     fields = keys_of(stage.config)
@@ -280,7 +280,9 @@ def settings_for(
     return Settings(
         config,
         {
-            key: SettingValue(value=value, source=chosen[key].source if key in chosen else "default")
+            key: SettingValue(
+                value=without_password(value), source=chosen[key].source if key in chosen else "default"
+            )
             for key, value in values.items()
         },
     )

@@ -265,10 +265,14 @@ def test_a_name_and_a_password_in_the_address_are_used_and_not_shown(
     with pytest.raises(UserError, match=r"no Ollama server answers at http://127\.0\.0\.1:9$"):
         ask(tmp_path, server, url="http://name:secret@127.0.0.1:9")
 
-    ask(tmp_path, server, url=server.url.replace("//", "//name:secret@"))
+    there = server.url.replace("//", "//name:secret@")
+    run = ask(tmp_path, server, url=["http://name:secret@127.0.0.1:9", there])
 
     assert len(kept(tmp_path)) == 2
-    assert "secret" not in (tmp_path / "data" / "teacher.jsonl").read_text(encoding="utf-8")
+    assert run.warnings[0].startswith("http://127.0.0.1:9 is left aside for a while")
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {".log", ".json", ".jsonl"} <= {path.suffix for path in written}
+    assert [path for path in written if b"secret" in path.read_bytes()] == []
 
 
 def test_a_server_that_sends_questions_elsewhere_is_said_with_where(

@@ -88,11 +88,6 @@ class Endpoint:
         self._aside_until = 0.0
 
     @property
-    def name(self) -> str:
-        """The address, as messages name it."""
-        return self.backend.settings.url[0] if self.backend.has_url else self.backend.settings.backend
-
-    @property
     def aside(self) -> bool:
         """Whether it is left alone just now."""
         return self._failures > 0 and time.monotonic() < self._aside_until

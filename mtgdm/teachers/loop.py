@@ -155,7 +155,7 @@ class Loop:
                 await endpoint.backend.check()
             except (Retryable, Refused) as error:
                 # The first questions will tell, with all their retries: a check may fail where they do not.
-                self._say(f"the check of {endpoint.name} failed, asking all the same: {error}")
+                self._say(f"the check of {endpoint.backend.place} failed, asking all the same: {error}")
             except Unavailable as error:
                 failed.append(error)
                 if len(failed) == len(self._endpoints.all):
@@ -324,7 +324,7 @@ class Loop:
 
     def _set_aside(self, endpoint: Endpoint, why: str) -> None:
         if endpoint.lost():
-            self._warn(f"{endpoint.name} is left aside for a while: {why}")
+            self._warn(f"{endpoint.backend.place} is left aside for a while: {why}")
 
     def _pause_s(self, tries: int, retry_after_s: float | None) -> float:
         pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**tries) * self._jitter.uniform(0.5, 1.0)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from mtgdm.errors import UserError
-from mtgdm.manifest import settings_digest
+from mtgdm.manifest import settings_digest, without_password
 from mtgdm.stage import Flag, Runtime, StageConfig
 
 if TYPE_CHECKING:
@@ -152,6 +152,11 @@ class Backend(ABC):
     def model(self) -> str:
         """What answers, as rows name it."""
         return self.settings.model or ""
+
+    @property
+    def place(self) -> str:
+        """What is asked, as messages name it: the address without a name and a password, or the backend."""
+        return without_password(self.settings.url[0]) if self.has_url else self.settings.backend
 
     @property
     def sampling(self) -> dict[str, Any]:

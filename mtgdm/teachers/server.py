@@ -74,7 +74,7 @@ class ServerBackend(Backend):
 
     @property
     def place(self) -> str:
-        """The address as messages show it: without a name and a password."""
+        """The address as it is asked, without a name and a password."""
         return str(self._url.copy_with(userinfo=b""))
 
     @property
