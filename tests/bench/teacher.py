@@ -85,11 +85,16 @@ def ours(url: str, workspace: Path, slots: int) -> None:
     mtgdm(workspace, "teacher", *server, "--concurrency", str(slots))
 
 
-def shared_httpx(url: str, workspace: Path, slots: int) -> None:
+def shared_httpx(url: str, workspace: Path, slots: int, *kept: int) -> None:
     """The usual way, which checks nothing."""
     files = (workspace / "data" / "prompts.jsonl", workspace / "data" / "teacher.jsonl")
-    command = [sys.executable, str(PEERS / "shared_httpx.py"), url, *map(str, files), str(slots)]
-    subprocess.run(command, env=ENVIRONMENT, check=True)
+    command = [sys.executable, str(PEERS / "shared_httpx.py"), url, *map(str, files)]
+    subprocess.run([*command, *map(str, (slots, *kept))], env=ENVIRONMENT, check=True)
+
+
+def shared_httpx_kept(url: str, workspace: Path, slots: int) -> None:
+    """The same with a connection kept open for each question in flight."""
+    shared_httpx(url, workspace, slots, slots)
 
 
 @contextmanager
@@ -133,24 +138,27 @@ def pace(rows: Rows, runs: int, count: int, latency_s: float, slots: int) -> Non
 
 
 def cpu(rows: Rows, runs: int, count: int, latency_s: float, slots: int) -> None:
-    sides: dict[str, tuple[Client, bool]] = {
-        "one shared httpx client": (shared_httpx, True),
-        "mtgdm teacher, rows without a contract": (ours, False),
-        "mtgdm teacher, rows with contracts and facts": (ours, True),
+    usual: dict[str, Client] = {
+        "a shared httpx client as it is made": shared_httpx,
+        "a shared httpx client that keeps all its connections": shared_httpx_kept,
     }
-    found: dict[str, list[Run]] = {name: [] for name in sides}
+    own = {
+        "mtgdm teacher, rows without a contract": False,
+        "mtgdm teacher, rows with contracts and facts": True,
+    }
+    found: dict[str, list[float]] = {name: [] for name in (*usual, *own)}
     with server(rows.answers, latency_s) as url:
         for _ in range(runs):
-            for name, (client, typed) in sides.items():
-                found[name].append(run(client, rows, count, url, slots, typed=typed))
+            for name, client in usual.items():
+                found[name].append(run(client, rows, count, url, slots, typed=True).cpu_ms_per_row)
+            for name, typed in own.items():
+                found[name].append(run(ours, rows, count, url, slots, typed=typed).cpu_ms_per_row)
     print(f"{count:,} rows, {latency_s * 1000:.0f} ms, {slots} slots: CPU a row")
-    usual, *own = found.values()
-    print(f"  {next(iter(sides))}: {statistics.median(one.cpu_ms_per_row for one in usual):.2f} ms")
-    for name, mine in zip(list(sides)[1:], own, strict=True):
-        ratios = [a.cpu_ms_per_row / b.cpu_ms_per_row for a, b in zip(mine, usual, strict=True)]
-        print(
-            f"  {name}: {statistics.median(one.cpu_ms_per_row for one in mine):.2f} ms, ratio {shown(ratios)}"
-        )
+    for name in found:
+        print(f"  {name}: {statistics.median(found[name]):.2f} ms")
+        for peer in usual if name in own else ():
+            ratios = [mine / theirs for mine, theirs in zip(found[name], found[peer], strict=True)]
+            print(f"    against {peer}: {shown(ratios)}")
 
 
 def shown(ratios: list[float]) -> str:

@@ -1,4 +1,7 @@
-"""`python shared_httpx.py URL PROMPTS OUT SLOTS`: the usual way, a task for each row and one shared httpx client."""
+"""`python shared_httpx.py URL PROMPTS OUT SLOTS [KEPT]`: the usual way, a task for each row, one shared httpx client.
+
+KEPT connections stay open between requests; httpx's own default is 20, and what is more is opened anew each time.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ from typing import Any
 import httpx
 
 
-async def main(url: str, prompts: Path, out: Path, slots: int) -> None:
+async def main(url: str, prompts: Path, out: Path, slots: int, kept: int) -> None:
     """Ask for every row and append each answer as it comes; nothing is checked."""
     rows = [json.loads(line) for line in prompts.read_text(encoding="utf-8").split("\n") if line]
     free = asyncio.Semaphore(slots)
     with out.open("a", encoding="utf-8") as file:
-        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        limits = httpx.Limits(max_connections=100, max_keepalive_connections=kept)
+        async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 
             async def ask(row: dict[str, Any]) -> None:
                 async with free:
@@ -39,4 +43,5 @@ async def main(url: str, prompts: Path, out: Path, slots: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])))
+    slots, kept, *_ = [*map(int, sys.argv[4:]), 20]
+    asyncio.run(main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), slots, kept))
