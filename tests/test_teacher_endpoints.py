@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from mtgdm.rows import read_rows as read_rows_of
 from mtgdm.teachers import loop
 from mtgdm.teachers.endpoints import Limit
 from mtgdm.teachers.judgement import Judge
-from mtgdm.teachers.seam import Backend, Completion, Options, TeacherSettings
+from mtgdm.teachers.seam import (
+    Backend,
+    Completion,
+    Options,
+    Refused,
+    Retryable,
+    TeacherSettings,
+    Unavailable,
+)
 from mtgdm.testing import StageRun
 from tests.conftest import read_rows, write_lines
 from tests.ollama_server import Fault, OllamaServer, Question
@@ -304,3 +312,70 @@ def test_a_teacher_whose_first_answers_are_all_rejected_is_warned_of(
     write_prompts(tmp_path, 60)
     run = ask(tmp_path, server.url)
     assert "the first 20 answers were all rejected, the last for: " in " ".join(run.warnings)
+
+
+class Gone(Backend):
+    """A teacher that fails as its script says, by the place of a row and how often it was asked."""
+
+    def __init__(self, script: Callable[[int, int], Exception | None]) -> None:
+        super().__init__(TeacherSettings(concurrency=1, retries=0), Gardens())
+        self.script = script
+        self.asked: list[int] = []
+
+    async def check(self) -> None:
+        """Always there."""
+
+    async def answer(
+        self, messages: Sequence[Message], contract: type[BaseModel] | None, options: Options
+    ) -> Completion:
+        place = options.row.line
+        failure = self.script(place, self.asked.count(place))
+        self.asked.append(place)
+        if failure is not None:
+            raise failure
+        facts = options.row.meta["record"]
+        return Completion(Gardens().answer(facts, str(options.row.type)), "stop", 9, 9, 0.0)
+
+    def ask_all(self, folder: Path) -> dict[int, str]:
+        """Ten rows one after the other; the reasons of those rejected by their place."""
+        prompts = write_lines(folder / "prompts.jsonl", *prompt_rows(5))
+        outcomes: list[loop.Outcome] = []
+        asking = loop.Loop([self], Gardens(), self.settings, Judge(Gardens()))
+        asyncio.run(asking.run(read_rows_of(prompts), outcomes.append))
+        assert sorted(one.row.line for one in outcomes) == list(range(1, 11))
+        return {one.row.line: one.reason for one in outcomes if one.reason is not None}
+
+
+def not_reached() -> Retryable:
+    return Retryable("no connection", lost=True)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_rows_that_the_teacher_was_not_there_for_are_asked_again_when_it_is_back(
+    refused: bool, tmp_path: Path
+) -> None:
+    away = {1, 2, 3} if refused else {5, 6, 7}
+
+    def script(place: int, times: int) -> Exception | None:
+        if place in away and times == 0:
+            return not_reached()
+        return Refused("too long") if refused and place == 4 else None
+
+    assert Gone(script).ask_all(tmp_path) == ({4: "too long"} if refused else {})
+
+
+def test_a_row_that_takes_the_teacher_down_each_time_is_asked_twice(tmp_path: Path) -> None:
+    teacher = Gone(lambda place, times: not_reached() if place == 3 else None)
+    assert teacher.ask_all(tmp_path) == {3: "no connection"}
+    assert teacher.asked.count(3) == 2
+
+
+@pytest.mark.parametrize("away", [9, 10])
+def test_last_rows_that_the_teacher_was_not_there_for_are_left_to_the_next_run(
+    away: int, tmp_path: Path
+) -> None:
+    def script(place: int, times: int) -> Exception | None:
+        return None if place < 9 else not_reached() if place == away else Retryable("HTTP 500")
+
+    with pytest.raises(Unavailable, match="since the last answer"):
+        Gone(script).ask_all(tmp_path)

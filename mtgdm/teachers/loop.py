@@ -125,6 +125,7 @@ class Loop:
         self._kept = 0
         self._held: list[Outcome] = []
         self._again: deque[Row] = deque()
+        self._asked_again: set[str] = set()
         self._workers = 0
         self._waiting = 0
         """Workers whose row waits for its next try."""
@@ -342,13 +343,11 @@ class Loop:
             return self._answered(outcome)
         if outcome.failure is Failure.REFUSED and (self._answers or self._answered_before):
             return [outcome]
-        if self._held and _kind(self._held[0]) != _kind(outcome):
-            ready, self._held = self._held, [outcome]
-            return ready
+        ready = self._released() if self._held and _kind(self._held[0]) != _kind(outcome) else []
         self._held.append(outcome)
         if len(self._held) >= SAME_FAILURES:
             raise self._gone()
-        return []
+        return ready
 
     def _answered(self, outcome: Outcome) -> list[Outcome]:
         self._answers += 1
@@ -357,17 +356,30 @@ class Loop:
             self._warn(
                 f"the first {FIRST_REJECTED} answers were all rejected, the last for: {outcome.reason}"
             )
-        ready, self._held = self._held, []
-        if self._answers == 1:
-            # These were tried FIRST_RETRIES times only.
-            self._again.extend(one.row for one in ready if one.failure is Failure.EXHAUSTED)
-            ready = [one for one in ready if one.failure is not Failure.EXHAUSTED]
-        return [*ready, outcome]
+        return [*self._released(), outcome]
+
+    def _released(self) -> list[Outcome]:
+        """What was held, now that the teacher is there; rows that it was not there for are asked again.
+
+        Those that failed before its first answer too, for they were tried FIRST_RETRIES times only. Nothing
+        is asked again twice: a question that takes its server down would do so until the end of the run.
+        """
+        held, self._held = self._held, []
+        again = [
+            one.row
+            for one in held
+            if one.failure is Failure.EXHAUSTED
+            and (one.lost or self._answers <= 1)
+            and one.row.id not in self._asked_again
+        ]
+        self._again.extend(again)
+        self._asked_again.update(row.id for row in again)
+        return [one for one in held if one.row not in again]
 
     def _give_up_held(self) -> None:
         """The end of a run that no answer followed: rows the teacher was not there for are not rejected."""
-        last = self._held[-1] if self._held else None
-        if last and last.failure is Failure.EXHAUSTED and (last.lost or not self._answers):
+        failed = [one for one in self._held if one.failure is Failure.EXHAUSTED]
+        if failed and (not self._answers or any(one.lost for one in failed)):
             raise self._gone()
         for outcome in self._held:
             self._record(outcome)
