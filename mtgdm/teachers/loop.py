@@ -164,9 +164,11 @@ class Loop:
                 self._set_aside(endpoint, str(error))
 
     def _hire(self) -> None:
-        """One more worker where others wait for their next try; twice as many in all as may be in flight."""
+        """One more worker where others wait for their next try: twice as many in all as may be in flight, or
+        no more than those while nothing was answered and all may wait in vain."""
         concurrency = self._settings.concurrency
-        if self._workers - self._waiting < concurrency and self._workers < 2 * concurrency:
+        most = 2 * concurrency if self._answers else concurrency
+        if self._workers - self._waiting < concurrency and self._workers < most:
             self._workers += 1
             self._group.create_task(self._work())
 
@@ -263,10 +265,11 @@ class Loop:
             except Retryable as failed:
                 error = failed
             except Unavailable as unavailable:
-                if not self._others(endpoint):
+                endpoint.useless = True
+                if all(one.useless for one in self._endpoints.all):
                     raise
+                error = Retryable(str(unavailable), lost=True)
                 self._set_aside(endpoint, str(unavailable))
-                continue
             if error.lost and self._others(endpoint):
                 self._set_aside(endpoint, str(error))
                 continue
@@ -325,7 +328,10 @@ class Loop:
 
     def _set_aside(self, endpoint: Endpoint, why: str) -> None:
         if endpoint.lost():
-            self._warn(f"{endpoint.backend.place} is left aside for a while: {why}")
+            (self._say if endpoint.told else self._warn)(
+                f"{endpoint.backend.place} is left aside for a while: {why}"
+            )
+            endpoint.told = True
 
     def _pause_s(self, tries: int, retry_after_s: float | None) -> float:
         pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**tries) * self._jitter.uniform(0.5, 1.0)
