@@ -41,6 +41,11 @@ def backends(teacher: type[Backend], settings: TeacherSettings, domain: Domain) 
     return [teacher(settings.model_copy(update={"url": [url]}), domain) for url in urls]
 
 
+def doubled(first_s: float, times: int, longest_s: float) -> float:
+    """A pause that doubles; of thousands of times too, where a power of 2.0 is an OverflowError."""
+    return min(longest_s, first_s * 2.0 ** min(times, 64))
+
+
 class Limit:
     """How many questions may be in flight: additive increase, multiplicative decrease.
 
@@ -84,6 +89,10 @@ class Endpoint:
         self.backend = backend
         self.limit = Limit(most)
         self.in_flight = 0
+        self.useless = False
+        """Whether it said that it cannot be asked at all, and has answered nothing since."""
+        self.told = False
+        """Whether the user has been told that it is not reached."""
         self._failures = 0
         self._aside_until = 0.0
 
@@ -100,12 +109,13 @@ class Endpoint:
     def reached(self) -> None:
         """It answered, whatever it said."""
         self._failures = 0
+        self.useless = self.told = False
 
     def lost(self) -> bool:
         """It was not reached: leave it aside, longer each time. False where it is aside already."""
         if self.aside:
             return False
-        self._aside_until = time.monotonic() + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**self._failures)
+        self._aside_until = time.monotonic() + doubled(FIRST_PAUSE_S, self._failures, LONGEST_PAUSE_S)
         self._failures += 1
         return True
 

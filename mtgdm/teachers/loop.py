@@ -20,7 +20,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from mtgdm.teachers.cleaning import cleaned
-from mtgdm.teachers.endpoints import Endpoint, Endpoints
+from mtgdm.teachers.endpoints import Endpoint, Endpoints, doubled
 from mtgdm.teachers.judgement import Judge
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
 
@@ -269,7 +269,6 @@ class Loop:
                 if all(one.useless for one in self._endpoints.all):
                     raise
                 error = Retryable(str(unavailable), lost=True)
-                self._set_aside(endpoint, str(unavailable))
             if error.lost and self._others(endpoint):
                 self._set_aside(endpoint, str(error))
                 continue
@@ -311,6 +310,9 @@ class Loop:
             if not error.lost:
                 endpoint.reached()
             raise
+        except Refused:
+            endpoint.reached()
+            raise
         else:
             endpoint.reached()
         finally:
@@ -334,7 +336,7 @@ class Loop:
             endpoint.told = True
 
     def _pause_s(self, tries: int, retry_after_s: float | None) -> float:
-        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**tries) * self._jitter.uniform(0.5, 1.0)
+        pause_s = doubled(FIRST_PAUSE_S, tries, LONGEST_PAUSE_S) * self._jitter.uniform(0.5, 1.0)
         return max(pause_s, min(LONGEST_RETRY_AFTER_S, retry_after_s or 0.0))
 
     # --- a teacher that is gone ------------------------------------------------------------------
