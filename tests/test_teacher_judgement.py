@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from mtgdm import plugins
-from mtgdm.domain import Script
+from mtgdm.domain import FactCheck, Script
 from mtgdm.rows import row_id
 from mtgdm.stages import teacher
-from mtgdm.teachers.judgement import script_problem
+from mtgdm.teachers.judgement import Judge, script_problem
 from mtgdm.testing import run
 from tests.conftest import read_rows, write_lines
 from tests.ollama_server import OllamaServer, Question
-from tests.teacher_domain import find, right_answer, run_teacher, write_prompts
+from tests.teacher_domain import Gardens, find, right_answer, run_teacher, write_prompts
 
 ENGLISH = (
     "The lake lies west of the old town and has been praised by poets for a thousand years. Its causeways were "
@@ -127,6 +127,14 @@ def test_a_threshold_asks_the_teacher_to_correct_itself(
     assert [row["facts"]["recall"] for row in rows] == [1.0] * 6
     assert [row["repaired"] for row in rows] == [False] * 4 + [True] * 2
     assert len(corrections) == 2
+
+
+@pytest.mark.parametrize("threshold", [1 / 3, 0.33333])
+def test_a_share_that_no_decimal_holds_passes_as_a_threshold_of_its_own(threshold: float) -> None:
+    judge = Judge(Gardens(), min_fact_recall=threshold)
+    assert judge.fact_problem(FactCheck(found=("a",), missing=("b", "c"))) is None
+    problem = judge.fact_problem(FactCheck(found=("a",), missing=("b", "c", "d")))
+    assert problem is not None and problem.startswith("the answer tells 1 of 4 facts")
 
 
 def test_an_answer_that_stays_below_the_threshold_is_put_aside(tmp_path: Path, gardens: None) -> None:

@@ -17,6 +17,8 @@ FOREIGN_WORDS = 40
 """So much text in another script is a language of its own; fewer words are names and units."""
 NAMED = 8
 """So many facts are named in a reason, which the teacher reads in its repair turn."""
+RECALL_DIGITS = 4
+"""To so many digits recall stands in a row, and is held to a threshold."""
 
 _KEYS = re.compile(r'"\w+"\s*:')
 _HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
@@ -42,7 +44,7 @@ class Judge:
     ) -> None:
         """`min_fact_recall`: share of the record's facts, 0 to 1; `max_unsupported`: claims, None for any number."""
         self._domain = domain
-        self._min_fact_recall = min_fact_recall
+        self._min_fact_recall = round(min_fact_recall, RECALL_DIGITS)
         self._max_unsupported = max_unsupported
 
     def judge(self, row: Row, text: str) -> Judgement:
@@ -75,7 +77,7 @@ class Judge:
         if facts is None or self.keeps(facts_json(facts)):
             return None
         told, all_ = len(facts.found), len(facts.found) + len(facts.missing)
-        if all_ and told / all_ < self._min_fact_recall:
+        if all_ and round(told / all_, RECALL_DIGITS) < self._min_fact_recall:
             return (
                 f"the answer tells {told} of {all_} facts of the record, less than {self._min_fact_recall:g}; "
                 f"missing: {_named(facts.missing)}"
@@ -90,7 +92,7 @@ def facts_json(checked: FactCheck | None) -> dict[str, Any]:
     """`meta.teacher.facts` of a row; the same keys in every row, whether or not there is a record."""
     if checked is None:
         return {"recall": None, "unsupported": []}
-    recall = None if checked.recall is None else round(checked.recall, 4)
+    recall = None if checked.recall is None else round(checked.recall, RECALL_DIGITS)
     return {"recall": recall, "unsupported": list(checked.unsupported)}
 
 
