@@ -219,6 +219,17 @@ def test_no_more_connections_are_opened_than_requests_were_in_flight() -> None:
     assert (len(server.heard), server.connections) == (15, 5)
 
 
+def test_bytes_after_a_reply_are_no_reply_to_the_next_request() -> None:
+    server = Canned(says=PLAIN + PLAIN.replace(b"{}", b"[]"))
+
+    async def speak(connections: Connections) -> None:
+        for _ in range(2):
+            assert (await connections.send("POST", "/ask", b"{}")).body == b"{}"
+
+    talk(server, speak)
+    assert server.connections == 2
+
+
 def test_a_connection_that_was_closed_meanwhile_costs_no_request() -> None:
     server = Canned(closes=True)
 

@@ -9,7 +9,7 @@ import urllib.request
 from abc import ABC, abstractmethod
 from base64 import b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -30,7 +30,7 @@ class Reply:
     status: int
     headers: Mapping[str, str]
     body: bytes
-    secret: str = ""
+    secret: str = field(default="", repr=False)
     """What no message about this reply may show, though some servers repeat the key that they refuse."""
 
     @cached_property
@@ -184,7 +184,8 @@ class _Connection:
             elif isinstance(event, h11.Data):
                 chunks.append(event.data)
         assert head is not None  # h11 lets no message end that did not begin
-        if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
+        more, _ = self._http.trailing_data  # which the next request would get as its reply
+        if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE and not more:
             self._http.start_next_cycle()
             self.ready = True
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
