@@ -178,7 +178,7 @@ def test_the_loss_is_the_models_own_over_all_trained_tokens(workspace: Path) -> 
 
 
 def test_every_row_comes_once_an_epoch_in_an_order_of_seed_and_epoch() -> None:
-    from mtgdm.student.trainer import LengthGrouped
+    from mtgdm.student.packing import LengthGrouped
 
     lengths = [7 * number % 100 for number in range(203)]
     order = LengthGrouped(lengths, batch=4, seed=1)

@@ -22,8 +22,12 @@ from mtgdm.stage import Context, Input, Output, Result, Runtime, StageConfig, st
 from mtgdm.student.resume import WholeCheckpoint, remove_checkpoints, whole_checkpoints
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from mtgdm.student.base import Placement
     from mtgdm.student.chat import Chat
     from mtgdm.student.examples import Example
+    from mtgdm.student.packing import Layout
     from mtgdm.student.trainer import Outcome
 
 CHECKPOINTS = Path("data/checkpoints")
@@ -71,9 +75,13 @@ class TrainConfig(StageConfig):
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW."""
     batch: int = Field(2, ge=1)
-    """Rows a device computes at once."""
+    """Rows a device computes at once; with packing at most so many bins."""
     grad_accum: int = Field(8, ge=1)
-    """Batches to one step."""
+    """Batches to one step: batch x grad_accum rows, with packing as near to that as whole bins come."""
+    packing: bool | None = None
+    """Short rows share bins of at most max_len tokens, and none sees another. A step takes as many rows as without, so
+    epochs, steps and lr mean the same. By default on a GPU where bins are a quarter fewer than rows. Otherwise rows of
+    like length share a batch: on a CPU that is the faster way."""
     max_len: int = Field(2048, ge=16)
     """Most tokens of a row."""
     too_long: Literal["error", "drop", "truncate"] = "error"
@@ -183,32 +191,14 @@ def _train(config: TrainConfig, context: Context, split: dict[Split, list[Row]])
     chat = Chat(base.load_tokenizer(source, config.student_base), config.student_base)
     train_rows, val_rows = _examples(config, context, split, chat)
     if placement is None:
+        for layout in _layouts(config, train_rows):
+            context.print(str(layout))
         return Result(summary="preview: nothing was trained", outputs=[])
     if not val_rows:
         context.warn(
             f"no row of {config.in_.name} is in the split `val`: no eval loss, no early stop, the last step counts"
         )
 
-    loop = trainer.LoopSettings(
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        lr=config.lr,
-        scheduler=config.scheduler,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        batch=config.batch,
-        grad_accum=config.grad_accum,
-        gradient_checkpointing=config.gradient_checkpointing,
-        seed=config.seed,
-        eval_steps=config.eval_steps,
-        save_steps=config.save_steps,
-        logging_steps=config.logging_steps,
-        early_stop=config.early_stop,
-        patience=config.early_stop_patience,
-        threshold=config.early_stop_threshold,
-    )
-    fingerprint = _fingerprint(config, source, chat, train_rows, val_rows)
-    resume = _to_resume(config.ckpt_out, fingerprint, context)
     model = trainer.with_adapter(
         base.load_model(
             source,
@@ -226,18 +216,39 @@ def _train(config: TrainConfig, context: Context, split: dict[Split, list[Row]])
         checkpointing=config.gradient_checkpointing,
         seed=config.seed,
     )
+    layout = _layout(config, context, train_rows, model, placement)
+    loop = trainer.LoopSettings(
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        lr=config.lr,
+        scheduler=config.scheduler,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        layout=layout,
+        gradient_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
+        logging_steps=config.logging_steps,
+        early_stop=config.early_stop,
+        patience=config.early_stop_patience,
+        threshold=config.early_stop_threshold,
+    )
+    fingerprint = _fingerprint(config, source, chat, train_rows, val_rows, layout)
+    resume = _to_resume(config.ckpt_out, fingerprint, context)
     trainable, parameters = model.get_nb_trainable_parameters()
     start = {
         "event": "start",
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "base_model": config.student_base,
-        "total_steps": trainer.total_steps(len(train_rows), loop),
+        "total_steps": trainer.total_steps(loop),
         "train_rows": len(train_rows),
         "val_rows": len(val_rows),
         "trained_tokens": sum(example.tokens.trained for example in train_rows),
         "parameters": parameters,
         "trainable_parameters": trainable,
         "device": placement.device,
+        "layout": asdict(layout),
         "settings": _shaping(config),
     }
     context.print(
@@ -245,6 +256,7 @@ def _train(config: TrainConfig, context: Context, split: dict[Split, list[Row]])
         f"{len(train_rows):,} rows to train on, {len(val_rows):,} to check · "
         f"{start['trained_tokens']:,} trained tokens an epoch"
     )
+    context.print(str(layout))
     context.log.info("start %s", json.dumps(start, ensure_ascii=False))
     points = trainer.Points(context.log_path(".metrics.jsonl"), resume.metrics if resume else [start])
     outcome = trainer.train(
@@ -313,6 +325,46 @@ def _examples(
     return train, [example for example in fitted.examples if example.row.id not in of_train]
 
 
+def _layouts(config: TrainConfig, train: Sequence[Example]) -> tuple[Layout, Layout]:
+    """The rows in padded batches and in bins."""
+    from mtgdm.student import packing
+
+    lengths = [example.length for example in train]
+    batch, grad_accum, seed = config.batch, config.grad_accum, config.seed
+    return (
+        packing.padded(lengths, batch=batch, grad_accum=grad_accum, seed=seed),
+        packing.packed(lengths, batch=batch, grad_accum=grad_accum, max_len=config.max_len, seed=seed),
+    )
+
+
+def _layout(
+    config: TrainConfig,
+    context: Context,
+    train: Sequence[Example],
+    model: PeftModel,
+    placement: Placement,
+) -> Layout:
+    """The layout asked for, or the faster one; bins only where the model keeps their rows apart."""
+    from mtgdm.student import packing
+
+    padded, packed = _layouts(config, train)
+    pack = config.packing
+    if pack is None:
+        pack = packing.pays(padded, packed, on_cpu=placement.on_cpu)
+    if not pack:
+        return padded
+    if packing.keeps_rows_apart(model, placement):
+        return packed
+    if config.packing:
+        raise UserError(
+            f"the attention of {config.student_base} lets packed rows see one another",
+            where="--packing",
+            hint="--no-packing: rows of like length share a batch",
+        )
+    context.print(f"no packing: the attention of {config.student_base} would let packed rows see one another")
+    return padded
+
+
 def _shaping(config: TrainConfig) -> dict[str, Any]:
     """The settings that shape the result."""
     skipped = {"in_", "ckpt_out", "save_steps", "logging_steps", "keep_checkpoints", "preview"}
@@ -320,7 +372,12 @@ def _shaping(config: TrainConfig) -> dict[str, Any]:
 
 
 def _fingerprint(
-    config: TrainConfig, source: str, chat: Chat, train: Sequence[Example], val: Sequence[Example]
+    config: TrainConfig,
+    source: str,
+    chat: Chat,
+    train: Sequence[Example],
+    val: Sequence[Example],
+    layout: Layout,
 ) -> str:
     """One hash over everything a resumed run must share with the one that was interrupted."""
     folder = Path(source)
@@ -328,6 +385,7 @@ def _fingerprint(
     return settings_digest(
         {
             "settings": _shaping(config),
+            "layout": asdict(layout),
             "base": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
             "template": chat.fingerprint,
             "train": [settings_digest({"messages": example.row.messages}) for example in train],

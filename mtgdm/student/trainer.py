@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
@@ -21,13 +20,11 @@ from mtgdm.errors import UserError
 from mtgdm.student.base import Placement, memory_errors
 from mtgdm.student.chat import IGNORED
 from mtgdm.student.examples import Example
+from mtgdm.student.packing import Bins, Layout, LengthGrouped, Packed, collate, collate_bins
 from mtgdm.student.resume import Mark, WholeCheckpoint, write_mark
 
 if TYPE_CHECKING:
     from mtgdm.terminal import Progress
-
-LENGTH_GROUPS = 16
-"""So many batches' rows are sorted by length together: most of the padding goes, the order stays mixed."""
 
 EVAL_TOKENS = 16_384
 """Positions of a batch while the loss on `val` is measured."""
@@ -53,8 +50,7 @@ class LoopSettings:
     scheduler: str
     warmup: float
     weight_decay: float
-    batch: int
-    grad_accum: int
+    layout: Layout
     gradient_checkpointing: bool
     seed: int
     eval_steps: int
@@ -123,56 +119,6 @@ def with_adapter(model: PreTrainedModel, lora: LoraSettings, *, checkpointing: b
     return adapted
 
 
-# --- data ----------------------------------------------------------------------------------------
-
-
-def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
-    """Rows padded on the right: causal attention never looks there, so no attention mask is needed."""
-    width = max(example.length for example in examples)
-    ids = torch.full((len(examples), width), pad, dtype=torch.long)
-    labels = torch.full((len(examples), width), IGNORED, dtype=torch.long)
-    for place, example in enumerate(examples):
-        ids[place, : example.length] = torch.tensor(example.tokens.ids)
-        labels[place, : example.length] = torch.tensor(example.tokens.labels)
-    return {"input_ids": ids, "labels": labels}
-
-
-class LengthGrouped(Sampler[int]):
-    """Row numbers in an order that puts rows of like length into one batch.
-
-    The order of an epoch hangs on the seed and the epoch alone, so a resumed run finds the place where
-    it was; transformers' own sampler draws it from the global random state, and would not.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
-        self._lengths = lengths
-        self._batch = batch
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the loop before each epoch."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        shuffled = torch.randperm(len(self._lengths), generator=generator).tolist()
-        group = self._batch * LENGTH_GROUPS
-        ordered: list[int] = []
-        for start in range(0, len(shuffled), group):
-            ordered += sorted(shuffled[start : start + group], key=lambda row: -self._lengths[row])
-        batches = [ordered[start : start + self._batch] for start in range(0, len(ordered), self._batch)]
-        # A short batch stays last: the loader cuts the order into batches by counting.
-        short = [batches.pop()] if len(batches[-1]) < self._batch else []
-        for place in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[place]
-        for batch in short:
-            yield from batch
-
-
 # --- the loop ------------------------------------------------------------------------------------
 
 
@@ -180,13 +126,20 @@ class StudentTrainer(Trainer):
     """Trainer with the loss of the trained tokens, summed over all and divided by their number."""
 
     def __init__(
-        self, model: PeftModel, args: TrainingArguments, train: list[Example], val: list[Example], pad: int
+        self,
+        model: PeftModel,
+        args: TrainingArguments,
+        train: list[Example],
+        val: list[Example],
+        pad: int,
+        bin_tokens: int = 0,
     ) -> None:
+        """`bin_tokens` packs the rows of `train` into bins of so many tokens; with 0 they are padded."""
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda examples: collate(examples, pad),
-            train_dataset=train,
+            data_collator=lambda items: (collate_bins if bin_tokens else collate)(items, pad),
+            train_dataset=Bins(train) if bin_tokens else train,
             eval_dataset=val or None,
         )
         self.remove_callback(PrinterCallback)
@@ -196,7 +149,8 @@ class StudentTrainer(Trainer):
         self.trained_tokens = 0
         self._adapted = model
         self._pad = pad
-        self._train = train
+        self._lengths = [example.length for example in train]
+        self._bin_tokens = bin_tokens
         self._val = sorted(val, key=lambda example: -example.length)
         self._wanted: torch.Tensor | None = None
         head = model.get_output_embeddings()
@@ -222,8 +176,10 @@ class StudentTrainer(Trainer):
         wanted[:, :-1] = labels[:, 1:] != IGNORED
         targets = labels[:, 1:][wanted[:, :-1]]
         self._wanted = wanted
+        # Neither an attention mask nor a cache: with one of them position_ids no longer keep packed rows apart.
+        read = {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
         try:
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+            logits = model(**read, use_cache=False).logits
         finally:
             self._wanted = None
         if logits.dim() == 3:  # a model whose output layer the hook could not reach
@@ -283,9 +239,10 @@ class StudentTrainer(Trainer):
         """Not counted: transformers walks over all parameters for it at every step."""
         return 0
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
-        lengths = [example.length for example in self._train]
-        return LengthGrouped(lengths, self.args.per_device_train_batch_size, self.args.seed)
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped | Packed:
+        if self._bin_tokens:
+            return Packed(self._lengths, self._bin_tokens, self.args.seed)
+        return LengthGrouped(self._lengths, self.args.per_device_train_batch_size, self.args.seed)
 
 
 def _batches(examples: Sequence[Example], positions: int) -> Iterator[list[Example]]:
@@ -425,12 +382,12 @@ def evals_without_gain(history: Sequence[dict[str, Any]], threshold: float) -> i
     return waited
 
 
-def total_steps(rows: int, settings: LoopSettings) -> int:
+def total_steps(settings: LoopSettings) -> int:
     """Optimizer steps of a whole run in one process."""
     if settings.max_steps:
         return settings.max_steps
-    batches = math.ceil(rows / settings.batch)
-    return max(1, math.ceil(settings.epochs * math.ceil(batches / settings.grad_accum)))
+    batches = math.ceil(settings.layout.items / settings.layout.batch)
+    return max(1, math.ceil(settings.epochs * math.ceil(batches / settings.layout.grad_accum)))
 
 
 def train(
@@ -451,13 +408,13 @@ def train(
     `progress(total, done)` opens the bar. `folder` holds the `checkpoint-N/` while training.
     """
     train_examples, val_examples = examples
-    steps = total_steps(len(train_examples), settings)
+    steps = total_steps(settings)
     args = _arguments(settings, placement, folder, with_eval=bool(val_examples), resumed=resume is not None)
     if placement.device != "auto":
         args._n_gpu = min(1, args.n_gpu)  # else the Trainer would spread one GPU's model by DataParallel
     with progress(steps, resume.mark.step if resume else 0) as bar:
         watch = Watch(settings, points, bar, fingerprint, resume.mark.seconds if resume else 0.0)
-        trainer = StudentTrainer(model, args, train_examples, val_examples, pad)
+        trainer = StudentTrainer(model, args, train_examples, val_examples, pad, settings.layout.bin_tokens)
         watch.trainer = trainer
         trainer.add_callback(watch)
         if resume is not None and resume.mark.finished:
@@ -496,8 +453,8 @@ def _arguments(
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
-        per_device_train_batch_size=settings.batch,
-        gradient_accumulation_steps=settings.grad_accum,
+        per_device_train_batch_size=settings.layout.batch,
+        gradient_accumulation_steps=settings.layout.grad_accum,
         bf16=placement.autocast is torch.bfloat16,
         fp16=placement.autocast is torch.float16,
         use_cpu=placement.on_cpu,
