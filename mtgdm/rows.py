@@ -400,8 +400,15 @@ class Journal:
                 manifest_path(self.path).unlink(missing_ok=True)
                 self._appended = True
             written = 0
-            while written < len(line):
-                written += self._file.write(line[written:]) or 0
+            try:
+                while written < len(line):
+                    written += self._file.write(line[written:]) or 0
+            except OSError as error:
+                # Behind half a row another would be lost with it.
+                self._failure = UserError(
+                    f"cannot be written: {error.strerror}", where=self.path, hint=_NO_ROOM
+                )
+                raise
             self._unsynced = True
             self.ids.add(row["id"])
 
@@ -427,8 +434,9 @@ class Journal:
                 whole = False
             if whole:
                 file.write(b"\n")
-            else:
+            elif not tail.strip() or tail[:1] in (b"{", b"\0"):
                 file.truncate(end)
+            # Other text is no torn row: the file is another's, and reading it says so.
 
     def _scan(self) -> None:
         from mtgdm.row_ids import IdSet

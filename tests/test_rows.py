@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -235,6 +238,39 @@ def test_a_last_line_that_only_lacks_its_newline_is_kept(tmp_path: Path) -> None
         assert journal.ids == {an_id(1), an_id(2)}
         journal.append({"id": an_id(3)})
     assert [row["id"] for row in read_rows(path)] == [an_id(1), an_id(2), an_id(3)]
+
+
+def test_the_last_line_of_another_file_is_not_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "notes.md"
+    path.write_bytes(b"# Notes\nthe last line")
+    with pytest.raises(BadRow, match="not JSON"), rows.Journal(path):
+        pass
+    assert path.read_bytes() == b"# Notes\nthe last line"
+
+
+def test_nothing_is_written_behind_half_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.jsonl"
+    with rows.Journal(path) as journal:
+        journal.append({"id": an_id(1)})
+        file = journal._file
+
+        class Full(io.RawIOBase):
+            def write(self, data: Any) -> int:
+                if len(data) < 30:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return file.write(data[:20])
+
+            def fileno(self) -> int:
+                return file.fileno()
+
+        monkeypatch.setattr(journal, "_file", Full())
+        with pytest.raises(OSError, match="No space"):
+            journal.append({"id": an_id(2)})
+        monkeypatch.setattr(journal, "_file", file)
+        with pytest.raises(UserError, match="No space"):
+            journal.append({"id": an_id(3)})
+    with rows.Journal(path) as journal:
+        assert set(journal.ids) == {an_id(1)}
 
 
 def test_a_torn_line_longer_than_one_read_is_cut_off(tmp_path: Path) -> None:
