@@ -62,8 +62,7 @@ def model_of(family: str, **settings: Any) -> Any:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
-            initializer_range=0.2,
-            **settings,
+            **{"initializer_range": 0.2, **settings},
         )
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
@@ -213,7 +212,9 @@ def test_a_model_is_tried_before_its_rows_are_packed(placement: Placement) -> No
     from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
     assert packing.keeps_rows_apart(model_of("qwen2"), placement)
+    convolving = model_of("lfm2", initializer_range=0.02, full_attn_idxs=[1])
     with quiet():
+        assert not packing.keeps_rows_apart(convolving, placement)  # its window reaches over the border
         bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2))
         mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2))
         assert not packing.keeps_rows_apart(bloom, placement)  # takes no positions

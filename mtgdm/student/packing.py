@@ -254,7 +254,9 @@ def keeps_rows_apart(model: torch.nn.Module, placement: Placement) -> bool:
 
     Tried with random tokens on two stacked bins that differ in their first row alone. What that changes in
     the second row is compared with what it changes where positions do not restart and everything is seen;
-    some attention kernels take only one bin at a time, and recurrent layers carry their state over.
+    some attention kernels take only one bin at a time, recurrent layers carry their state over, convolutions
+    look over the border. Masked attention changes nothing at all (0.0 in float32 and under bfloat16), a short
+    convolution with fresh weights 5e-4 of what could leak, hence the narrow bound.
     """
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
@@ -282,7 +284,7 @@ def keeps_rows_apart(model: torch.nn.Module, placement: Placement) -> bool:
         model.train(training)
     leaked, could_leak = _spread(apart[0] - apart[1]), _spread(mixed[0] - mixed[1])
     moved, could_move = _spread(apart[0] - alone[0]), _spread(mixed[0] - alone[0])
-    return leaked <= 0.01 * could_leak and moved <= 0.5 * could_move
+    return leaked <= 1e-4 * could_leak and moved <= 0.5 * could_move
 
 
 def _spread(difference: torch.Tensor) -> float:
