@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from mtgdm.registry import Registry
     from mtgdm.terminal import Terminal
+
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 State = Literal["done", "stale", "partial", "missing", "no output"]
 
@@ -152,7 +155,9 @@ def _writing(outputs: Sequence[Path]) -> Iterator[None]:
             path = output.with_name(f".{output.name}.lock")
             try:
                 lock = _acquired(path)
-            except PermissionError as error:
+            except OSError as error:
+                if error.errno not in _NOT_ALLOWED:
+                    raise
                 raise UserError("nothing may be written in this folder", where=output.parent) from error
             if lock is None:
                 raise UserError(

@@ -173,6 +173,8 @@ def parse_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
         raise BadRow(path, number, f"not UTF-8 (byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
         raise BadRow(path, number, f"not JSON: {error.msg} at character {error.pos}") from error
+    except ValueError as error:
+        raise BadRow(path, number, "a number of more digits than Python reads") from error
     except RecursionError as error:
         raise BadRow(path, number, "nested too deeply") from error
     if not isinstance(value, dict):
@@ -430,7 +432,7 @@ class Journal:
             tail = file.read()
             try:
                 whole = isinstance(json.loads(tail.decode("utf-8")), dict)
-            except ValueError:
+            except (ValueError, RecursionError):
                 whole = False
             if whole:
                 file.write(b"\n")

@@ -254,7 +254,7 @@ class Context:
     def log(self) -> logging.Logger:
         """The run's log file, made at the first use."""
         logger = logging.Logger(f"mtgdm.{self.stage}", logging.DEBUG)
-        handler = logging.FileHandler(self.log_path(".log"), encoding="utf-8", errors="backslashreplace")
+        handler = _LogFile(self.log_path(".log"), self.terminal.warn)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         return logger
@@ -277,6 +277,29 @@ class Context:
         if "log" in self.__dict__:
             for handler in self.log.handlers:
                 handler.close()
+
+
+class _LogFile(logging.Handler):
+    """A file of log lines that stops no run: where it cannot be written, a warning says so once."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        super().__init__()
+        self._path = path
+        self._warn = warn
+        self._file = path.open("ab", buffering=0)  # nothing is left to be written when it is closed
+        self._failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._file.write(f"{self.format(record)}\n".encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                self._warn(f"{self._path}: the log cannot be written, the run goes on: {error.strerror}")
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _attribute_docstrings(kind: type[Any]) -> Iterator[tuple[str, str]]:

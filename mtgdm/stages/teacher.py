@@ -97,6 +97,12 @@ class TeacherConfig(TeacherSettings):
 def run(config: TeacherConfig, context: Context) -> Result:
     """Ask the teacher: prompts in, valid answers out; the rest is put aside with its reason."""
     teacher: type[Backend] = named(GROUP, config.backend, "teacher backend")
+    if not config.in_.exists():
+        raise UserError(
+            "there is no such file",
+            where=config.in_,
+            hint="make it with `mtgdm prompts`, or name yours with --in",
+        )
     prompts = Prompts.scan(config.in_, config.limit, prompt_at_most)
     settings: TeacherSettings = config
     if not config.num_ctx:

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import compress, islice
+from itertools import compress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -89,7 +89,7 @@ class Prompts:
         if again.any():
             ids, lines = IdList(ids.ids[~again]), array(_UINT32, compress(lines, ~again))
         if limit:
-            first = read_rows(path, answered=False, numbers=islice(lines, limit))
+            first = read_rows(path, answered=False, numbers=lines[:limit])
             longest = max(tokens(row.prompt) for row in first)
         return cls(path, ids, lines, min(limit or len(ids), len(ids)), int(again.sum()), longest)
 
@@ -186,7 +186,8 @@ class Ledger:
             self.kept_ids = self._kept.ids
         self._append(self._kept, row)
         if facts := _facts(row["meta"]):
-            self._facts.setdefault(row["meta"].get("type") or "", FactSums()).add(facts)
+            kind = row["meta"].get("type")
+            self._facts.setdefault(kind if isinstance(kind, str) else "", FactSums()).add(facts)
 
     def reject(self, row: dict[str, Any]) -> None:
         """Put a row aside with the reason."""
@@ -235,7 +236,8 @@ class Ledger:
             raise BadRow(
                 self.rejected, number, "not JSON", hint="delete the line: its row is asked again"
             ) from error
-        if row.get("rejected", {}).get("fingerprint") == self._fingerprint:
+        rejected = row.get("rejected")
+        if isinstance(rejected, dict) and rejected.get("fingerprint") == self._fingerprint:
             self.rejected_ids.add(row["id"])
 
     def verify(self, prompts: Prompts) -> None:
@@ -323,7 +325,7 @@ class Ledger:
     def _beside(self, prompts: Prompts) -> Iterator[tuple[Row, Row | None]]:
         """Each answer with its prompt: both stand in prompt order, answers without one at the end."""
         following = prompts.rows(prompts.ids.among(self.kept_ids))
-        for row in read_rows(self.out):
+        for row in read_rows(self.out, answered=True):
             prompt = next(following, None)
             yield row, prompt if prompt is not None and prompt.id == row.id else None
 
