@@ -114,7 +114,7 @@ def test_an_interrupted_run_ends_with_130(mtgdm: CommandLine) -> None:
         stdout=subprocess.PIPE,
         encoding="utf-8",
     )
-    while process.poll() is None and not list(mtgdm.folder.glob("data/.prompts.jsonl.*")):
+    while process.poll() is None and not list(mtgdm.folder.glob("data/.prompts.jsonl.tmp")):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
