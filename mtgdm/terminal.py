@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -229,23 +230,35 @@ class Progress:
 
 
 class PlainProgress(Progress):
-    """A line of progress now and then, for logs and pipes."""
+    """A line of progress now and then, for logs and pipes; also where nothing moves, which is what they must tell."""
 
     def __init__(self, terminal: Terminal, title: str, total: int | None, unit: str, done: int) -> None:
         super().__init__(title, total, unit, done)
         self._terminal = terminal
         self._printed = self._started
+        self._over = threading.Event()
+        self._speaker = threading.Thread(target=self._speak, name="progress", daemon=True)
+        self._speaker.start()
 
     def advance(self, amount: int = 1) -> None:
         """So much more is done."""
         self.done += amount
-        if time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
-            self._print()
+        self._print_where_due()
 
     def finish(self) -> None:
         """Print where it ended."""
         super().finish()
+        self._over.set()
+        self._speaker.join()
         self._print()
+
+    def _speak(self) -> None:
+        while not self._over.wait(PLAIN_INTERVAL_S):
+            self._print_where_due()
+
+    def _print_where_due(self) -> None:
+        if time.monotonic() - self._printed >= PLAIN_INTERVAL_S:
+            self._print()
 
     def _print(self) -> None:
         self._printed = time.monotonic()

@@ -466,6 +466,18 @@ def test_resume_verify_finds_a_line_that_is_broken_in_its_middle(tmp_path: Path)
     assert error.value.line == 2
 
 
+def test_resume_verify_finds_an_answer_that_is_empty(tmp_path: Path) -> None:
+    write_prompts(tmp_path, 2)
+    run_teacher(tmp_path)
+    out = tmp_path / "data" / "teacher.jsonl"
+    rows = read_rows(out)
+    rows[1]["messages"][-1]["content"] = " "
+    write_lines(out, *rows)
+    with pytest.raises(UserError, match=r"teacher.jsonl:2: the answer is empty") as raised:
+        run_teacher(tmp_path, resume_verify=True)
+    assert raised.value.hint == "delete the line: its row is asked again"
+
+
 def test_resume_verify_finds_a_prompt_answered_twice(tmp_path: Path) -> None:
     write_prompts(tmp_path, 3)
     run_teacher(tmp_path)

@@ -309,6 +309,16 @@ def test_a_server_that_only_fails_is_told_within_seconds(tmp_path: Path, server:
     assert not (tmp_path / "data" / "teacher.rejected.jsonl").exists()
 
 
+def test_a_server_that_hangs_from_the_start_is_not_waited_for_again_and_again(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    server.fault = lambda question: Fault(hang_s=0.6)
+    write_prompts(tmp_path, 20)
+    with pytest.raises(UserError, match=r"5 rows failed .* and none was answered: no answer within 0.3 s"):
+        ask(tmp_path, server.url, timeout_s=0.3)
+    assert {question.times for question in server.questions} == {0, 1}
+
+
 def test_a_run_of_few_rows_rejects_none_for_a_server_that_only_fails(
     tmp_path: Path, server: OllamaServer
 ) -> None:

@@ -328,6 +328,22 @@ def test_the_same_failure_on_the_first_rows_stops_the_run_and_leaves_nothing(
     assert not list((tmp_path / "data").glob("teacher*"))
 
 
+def test_a_teacher_that_begins_to_refuse_every_row_stops_the_run(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    server.fault = lambda question: (
+        Fault(400, {"error": "num_predict is too large"}) if question.number > 9 else None
+    )
+    write_prompts(tmp_path, 100)
+
+    with pytest.raises(UserError, match=r"20 rows failed in the same way since the last answer.*num_predict"):
+        ask(tmp_path, server)
+
+    assert len(server.questions) < 40
+    assert [path.name for path in (tmp_path / "data").glob("teacher*")] == ["teacher.jsonl"]
+    assert len(read_rows(tmp_path / "data" / "teacher.jsonl")) == 10
+
+
 def test_a_server_that_dies_in_the_middle_rejects_no_row(tmp_path: Path, server: OllamaServer) -> None:
     server.fault = lambda question: Fault(drop=True) if question.number >= 20 else None
     prompts = write_prompts(tmp_path, 50)

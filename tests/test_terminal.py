@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -145,6 +146,18 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
         f"teacher: 40/60 rows · 1.0 rows/s · 0:30 · 0:20 left · {NOTE} or so",
         f"teacher: 50/60 rows · 1.0 rows/s · 0:40 · {NOTE} or so",
     ]
+
+
+def test_a_log_hears_of_work_that_does_not_move(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "PLAIN_INTERVAL_S", 0.02)
+    with Terminal().progress("teacher", 60, "rows") as bar:
+        bar.note("0 kept, 0 rejected · 3 asked again")
+        time.sleep(0.5)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) >= 3
+    assert set(said) == {"teacher: 0/60 rows · 0:00 · 0 kept, 0 rejected · 3 asked again"}
 
 
 def test_a_log_says_how_far_an_interrupted_work_came(

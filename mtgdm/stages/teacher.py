@@ -142,7 +142,7 @@ def _ask(
 
     from mtgdm.teachers.loop import Loop
 
-    kept = rejected = tokens = 0
+    kept = rejected = tokens = again = 0
     backend, log = asked[0], context.log
     log.info(
         "%s %s, fingerprint %s, num_ctx %d: %d prompts, %d done",
@@ -167,10 +167,23 @@ def _ask(
             tokens += (outcome.completion.output_tokens or 0) if outcome.completion else 0
             log.info("%s", _line(outcome))
             bar.advance()
+            bar.note(told())
+
+        def say(text: str) -> None:
+            nonlocal again
+            again += 1
+            log.info("%s", _printable(text))
+            bar.note(told())
+
+        def told() -> str:
             parts = [f"{kept:,} kept, {rejected:,} rejected"]
             if tokens:
                 parts.append(f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
-            bar.note(" · ".join([*parts, f"{loop.in_flight} in flight"]))
+            if loop.in_flight:
+                parts.append(f"{loop.in_flight} in flight")
+            if again:
+                parts.append(f"{again:,} asked again")
+            return " · ".join(parts)
 
         started = time.monotonic()
         loop = Loop(
@@ -179,7 +192,7 @@ def _ask(
             backend.settings,
             judge,
             answered_before=bool(ledger.kept_ids),
-            say=lambda text: log.info("%s", _printable(text)),
+            say=say,
             warn=lambda text: context.warn(_printable(text)),
         )
         asyncio.run(loop.run(prompts.rows(~done), record))

@@ -248,6 +248,8 @@ class Ledger:
         lines = array(_UINT32, bytes(4 * len(prompts.ids)))
         hint = "start anew with --overwrite, or write elsewhere with --out FILE"
         for row in read_rows(self.out, answered=True):
+            if not (row.answer or "").strip():
+                raise row.bad("the answer is empty", hint="delete the line: its row is asked again")
             if row.rest.get("given_id") in prompts.ids:
                 raise row.bad("the messages are not those of its prompt", hint=hint)
             place = prompts.ids.place(row.id)

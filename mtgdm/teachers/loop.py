@@ -36,9 +36,12 @@ LONGEST_PAUSE_S = 60.0
 """Pauses double from the first to the longest: six retries wait out a server's restart of half a minute."""
 LONGEST_RETRY_AFTER_S = 300.0
 FIRST_RETRIES = 3
-"""So often a failure is tried again before the teacher has answered anything: a wrong start is told soon."""
+"""So often a failure is tried again before the teacher has answered anything, and a timeout once: a wrong
+start is told soon."""
 SAME_FAILURES = 5
 """So many rows in a row lost to the same failure, and the run stops instead of rejecting thousands."""
+SAME_REFUSALS = 20
+"""The same for a teacher that has answered and then refuses row after row: some prompts may really be refused."""
 FIRST_REJECTED = 20
 """So many answers rejected and none kept, and the user is told before the night is over."""
 
@@ -272,9 +275,7 @@ class Loop:
             if error.lost and self._others(endpoint):
                 self._set_aside(endpoint, str(error))
                 continue
-            if tries >= (
-                self._settings.retries if self._answers else min(FIRST_RETRIES, self._settings.retries)
-            ):
+            if tries >= self._retries(error):
                 raise error
             if error.another_seed:
                 asking.options = replace(asking.options, seed=asking.options.seed + 1)
@@ -283,6 +284,12 @@ class Loop:
             elapsed_s = time.monotonic() - started
             self._say(f"{asking.row.id}: {error} after {elapsed_s:.2f} s, try {tries + 1} in {pause_s:.1f} s")
             await self._wait(pause_s)
+
+    def _retries(self, error: Retryable) -> int:
+        if self._answers:
+            return self._settings.retries
+        timed_out = isinstance(error.__cause__, TimeoutError)
+        return min(1 if timed_out else FIRST_RETRIES, self._settings.retries)
 
     async def _wait(self, pause_s: float) -> None:
         """Wait for the next try of a row, and let another worker do this one's work."""
@@ -349,11 +356,10 @@ class Loop:
         """
         if outcome.failure in (None, Failure.ANSWER):
             return self._answered(outcome)
-        if outcome.failure is Failure.REFUSED and (self._answers or self._answered_before):
-            return [outcome]
         ready = self._released() if self._held and _kind(self._held[0]) != _kind(outcome) else []
         self._held.append(outcome)
-        if len(self._held) >= SAME_FAILURES:
+        known = outcome.failure is Failure.REFUSED and (self._answers or self._answered_before)
+        if len(self._held) >= (SAME_REFUSALS if known else SAME_FAILURES):
             raise self._gone()
         return ready
 
