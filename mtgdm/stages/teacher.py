@@ -13,15 +13,14 @@ from pydantic import Field
 from mtgdm.errors import UserError
 from mtgdm.plugins import named
 from mtgdm.stage import Context, Input, Output, Result, Runtime, stage
-from mtgdm.teachers.endpoints import backends
 from mtgdm.teachers.judgement import Judge, facts_json
 from mtgdm.teachers.ledger import FactSums, Ledger, Prompts, Settled, count_lines, rejected_path, rejected_row
-from mtgdm.teachers.probe import Work, estimated, probed
 from mtgdm.teachers.seam import GROUP, TeacherSettings
 from mtgdm.teachers.tokens import context_size, prompt_at_most
 
 if TYPE_CHECKING:
     from mtgdm.teachers.loop import Outcome
+    from mtgdm.teachers.probe import Work
     from mtgdm.teachers.seam import Backend
 
 SHOWN_REASONS = 3
@@ -68,11 +67,15 @@ class TeacherConfig(TeacherSettings):
 
     def estimate(self) -> dict[str, Any]:
         """Rows to ask and the tokens of their prompts; tokens and hours of the answers from rows that are there."""
+        from mtgdm.teachers.probe import estimated
+
         work = self._work()
         return estimated(work, self, self.out) if work else {}
 
     def probe(self, count: int, context: Context) -> dict[str, Any]:
         """The same from `count` rows that are asked now; their answers are thrown away."""
+        from mtgdm.teachers.probe import probed
+
         work = self._work()
         if work is None or not work.to_ask:
             return self.estimate()
@@ -82,6 +85,8 @@ class TeacherConfig(TeacherSettings):
         return probed(work, self, judge, count, context)
 
     def _work(self) -> Work | None:
+        from mtgdm.teachers.probe import Work
+
         if not count_lines(self.in_):
             return None
         return Work.found(
@@ -96,6 +101,8 @@ class TeacherConfig(TeacherSettings):
 @stage
 def run(config: TeacherConfig, context: Context) -> Result:
     """Ask the teacher: prompts in, valid answers out; the rest is put aside with its reason."""
+    from mtgdm.teachers.endpoints import backends
+
     teacher: type[Backend] = named(GROUP, config.backend, "teacher backend")
     if not config.in_.exists():
         raise UserError(
