@@ -337,9 +337,9 @@ def test_a_teacher_that_begins_to_refuse_every_row_stops_the_run(
     write_prompts(tmp_path, 100)
 
     with pytest.raises(UserError, match=r"20 rows failed in the same way since the last answer.*num_predict"):
-        ask(tmp_path, server)
+        ask(tmp_path, server, concurrency=1)  # else a late answer may come between the refusals
 
-    assert len(server.questions) < 40
+    assert len(server.questions) == 30
     assert [path.name for path in (tmp_path / "data").glob("teacher*")] == ["teacher.jsonl"]
     assert len(read_rows(tmp_path / "data" / "teacher.jsonl")) == 10
 
