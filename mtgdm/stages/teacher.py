@@ -79,10 +79,13 @@ class TeacherConfig(TeacherSettings):
         work = self._work()
         if work is None or not work.to_ask:
             return self.estimate()
-        judge = Judge(
+        return probed(work, self, self.judge(context), count, context)
+
+    def judge(self, context: Context) -> Judge:
+        """What decides over each answer."""
+        return Judge(
             context.domain, min_fact_recall=self.min_fact_recall, max_unsupported=self.max_unsupported
         )
-        return probed(work, self, judge, count, context)
 
     def _work(self) -> Work | None:
         from mtgdm.teachers.probe import Work
@@ -117,9 +120,7 @@ def run(config: TeacherConfig, context: Context) -> Result:
         settings = config.model_copy(update={"num_ctx": sized})
     asked = backends(teacher, settings, context.domain)
     backend = asked[0]
-    judge = Judge(
-        context.domain, min_fact_recall=config.min_fact_recall, max_unsupported=config.max_unsupported
-    )
+    judge = config.judge(context)
     with Ledger(config.out, backend.fingerprint, overwrite=config.overwrite) as ledger:
         if config.resume_verify and not config.overwrite and config.out.exists():
             ledger.verify(prompts)
