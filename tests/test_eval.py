@@ -11,8 +11,8 @@ import pytest
 from mtgdm import rows
 from mtgdm.errors import UserError
 from mtgdm.rows import Row
+from mtgdm.scoring.row import score
 from mtgdm.stages.eval import run as evaluate
-from mtgdm.stages.eval import score
 from mtgdm.stages.train import run as train
 from mtgdm.student.noise import quiet
 from mtgdm.testing import StageRun
@@ -31,8 +31,15 @@ METRICS = {
     "char_f1",
     "sequence_ratio",
     "exact_match",
+    "rouge_l",
     "chrf",
+    "length_ratio",
+    "repetition",
     "contract_valid",
+    "contract_key",
+    "prose_valid",
+    "language_ok",
+    "problem",
     "fact_recall",
     "unsupported_facts",
 }
@@ -89,7 +96,8 @@ def test_the_held_out_rows_are_answered_in_order_with_their_metrics(workspace: P
     assert [row["meta"]["spot"] for row in found] == [f"test景区{number}" for number in range(4)]
     for row in found:
         assert list(row) == [
-            "id", "messages", "reference", "output", "base_output", "metrics", "base_metrics", "meta",
+            "id", "messages", "reference", "output", "base_output",
+            "metrics", "base_metrics", "reference_metrics", "meta",
         ]  # fmt: skip
         assert row["messages"][-1]["role"] == "user"
         assert set(row["metrics"]) == set(row["base_metrics"]) == METRICS
@@ -315,8 +323,8 @@ def test_a_row_with_another_reference_is_asked_again(workspace: Path) -> None:
 # --- models --------------------------------------------------------------------------------------
 
 
-def test_a_merged_model_answers_as_its_adapter_does(workspace: Path) -> None:
-    evaluated(workspace)
+def merge(workspace: Path) -> Path:
+    """The student with the adapter added into its weights."""
     with quiet():
         from mtgdm.student import base, generation
 
@@ -328,13 +336,30 @@ def test_a_merged_model_answers_as_its_adapter_does(workspace: Path) -> None:
         whole.save_pretrained(workspace / "merged")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(folder / name, workspace / "merged" / name)
+    return workspace / "merged"
+
+
+def test_a_merged_model_answers_as_its_adapter_does(workspace: Path) -> None:
+    evaluated(workspace)
+    merge(workspace)
     ran = evaluated(workspace, model="merged", out="data/merged.jsonl")
     assert any("has no training.json" in line for line in ran.warnings)
     assert [row["output"] for row in read_rows(workspace / "data" / "merged.jsonl")] == [
         row["output"] for row in outputs(workspace)
     ]
-    with pytest.raises(UserError, match="is no adapter"):
-        evaluated(workspace, model="merged", out="data/other.jsonl", compare_base=True)
+
+
+def test_a_student_that_is_no_adapter_is_compared_with_the_base_that_is_named(workspace: Path) -> None:
+    evaluated(workspace, compare_base=True)
+    merge(workspace)
+    alone = evaluated(workspace, model="merged", out="data/alone.jsonl", compare_base=True)
+    assert any("names no base model, so it is evaluated alone" in line for line in alone.warnings)
+    assert "base_output" not in read_rows(workspace / "data" / "alone.jsonl")[0]
+    evaluated(workspace, model="merged", base_model="base", out="data/merged.jsonl", compare_base=True)
+    found = read_rows(workspace / "data" / "merged.jsonl")
+    assert [(row["output"], row["base_output"]) for row in found] == [
+        (row["output"], row["base_output"]) for row in outputs(workspace)
+    ]
 
 
 def test_a_student_in_4_bit_answers_on_a_cpu(workspace: Path) -> None:
