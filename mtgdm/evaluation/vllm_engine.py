@@ -36,7 +36,7 @@ class Vllm(Student):
         domain: Domain,
         *,
         workspace: Path,
-        compare: bool,
+        base_model: str | None = None,
         load_in_4bit: bool = False,
         constrained: bool = False,
         max_new_tokens: int = 0,
@@ -48,11 +48,11 @@ class Vllm(Student):
             )
         from mtgdm.student import generation
 
-        self.weights = Weights(name, None, workspace)
-        if compare and not self.weights.is_adapter:
+        self.weights = Weights(name, base_model, workspace)
+        if base_model is not None and not self.weights.is_adapter:
             raise SettingError(
-                "--backend vllm compares an adapter with its base; a merged student has none with it",
-                hint="--no-compare-base, or --backend local",
+                "--backend vllm compares an adapter with its base alone: one engine holds one model",
+                hint="leave out --base-model, or --backend local",
             )
         self.name, self.base_name = self.weights.shown, self.weights.base_model
         chat = generation.load_chat(self.weights.source, name, workspace)

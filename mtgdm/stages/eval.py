@@ -38,8 +38,8 @@ class EvalConfig(StageConfig):
     """The base, where a checkpoint does not say where it lies; what a merged or served student is compared with."""
     test: Annotated[Path, Input()] = Path("data/teacher.jsonl")
     """Rows with the teacher's answers, which are the reference."""
-    split: Literal["train", "val", "test"] = "test"
-    """Which rows of the file are asked."""
+    split: Literal["train", "val", "test", "all"] = "test"
+    """Which rows of the file are asked; all takes every one, of a file that was made for testing."""
     out: Annotated[Path, Output()] = Path("data/eval_outputs.jsonl")
     """Where the answers and their metrics go; the worst go beside it too, to eval_failures.jsonl."""
     compare_base: bool = False
@@ -138,7 +138,12 @@ def run(config: EvalConfig, context: Context) -> Result:
             raise UserError(
                 f"no row is in the split `{config.split}`",
                 where=config.test,
-                hint="--split asks the rows of another split",
+                hint="--split names another split; --split all asks every row",
+            )
+        if config.split != "all" and not any("split" in row.meta for row in wanted):
+            context.print(
+                f"the rows carry no split: asked are the {len(wanted):,} whose spot falls into `{config.split}`; "
+                "--split all asks every row"
             )
         name = _name(config)
         leaked = _refuse_leak(name, wanted, config, context)
@@ -215,7 +220,7 @@ def _selected(config: EvalConfig) -> Iterator[Row]:
 
     def unique() -> Iterator[Row]:
         for row in rows.read_rows(config.test, answered=True):
-            if row.split == config.split and row.id not in seen:
+            if config.split in (row.split, "all") and row.id not in seen:
                 seen.add(row.id)
                 yield row
 
@@ -292,7 +297,7 @@ def _student(name: str, wanted: Sequence[Row], config: EvalConfig, context: Cont
             wanted,
             context.domain,
             workspace=context.workspace,
-            compare=config.compare_base,
+            base_model=config.base_model,
             load_in_4bit=config.load_in_4bit,
             constrained=config.constrained,
             max_new_tokens=config.max_new_tokens,

@@ -216,7 +216,7 @@ def with_adapter(model: PreTrainedModel, source: str, base_name: str) -> PeftMod
             where=source,
             hint=hint,
         ) from error
-    # PEFT only warns where a base has more layers than the adapter, and says nothing where it has fewer.
+    # PEFT only warns where the base takes more than the adapter has, and says nothing where it takes less.
     has, takes = (
         _adapter_tensors(source),
         _lora(get_peft_model_state_dict(adapted, save_embedding_layers=False)),
