@@ -149,9 +149,7 @@ def against_teacher(data: Mapping[str, Any]) -> str | None:
     parts = []
     for verdict, words in groups.items():
         found = [
-            f"{label(key)} ({_signed(gain)})"
-            for key, gain in differences.items()
-            if gain["verdict"] == verdict
+            f"{label(key)} {_signed(gain)}" for key, gain in differences.items() if gain["verdict"] == verdict
         ]
         if found:
             parts.append(f"{words} {', '.join(found)}")
