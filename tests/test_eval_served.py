@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mtgdm.errors import SettingError, UserError
+from mtgdm.reports.evaluation import read_evaluation
 from mtgdm.stages.eval import run as evaluate
 from mtgdm.testing import StageRun
 from mtgdm.testing import run as run_stage
@@ -135,6 +136,8 @@ def test_rows_that_the_server_refuses_are_told_and_in_no_figure(tmp_path: Path, 
     assert [row["meta"]["spot"] for row in outputs(tmp_path)] == ["第0园", "第0园", "第2园", "第2园"]
     assert any("2 of 6 rows could not be asked: HTTP 400: this garden is secret" in w for w in ran.warnings)
     assert (ran.manifests[0].counts["rows"], ran.manifests[0].counts["refused"]) == (4, 2)
+    (metrics,) = (tmp_path / "log").glob("eval-*.metrics.jsonl")
+    assert (read_evaluation(metrics).refused, len(read_evaluation(metrics).rows)) == (2, 4)
     server.fault = lambda question: None
     server.questions.clear()
     evaluated(tmp_path, server)
@@ -166,6 +169,9 @@ def test_a_leak_of_a_served_student_is_found_by_its_checkpoint(tmp_path: Path, s
         evaluated(tmp_path, server, trained_on="checkpoint")
     ran = evaluated(tmp_path, server, trained_on="checkpoint", allow_leak=True)
     assert ran.manifests[0].counts["leaked"] == 2
+    (metrics,) = (tmp_path / "log").glob("eval-*.metrics.jsonl")
+    evaluation = read_evaluation(metrics)
+    assert (evaluation.leaked, evaluation.models) == (2, [f"ollama {STUDENT} on test"])
     with pytest.raises(UserError, match="is no checkpoint"):
         evaluated(tmp_path, server, trained_on="data")
     write_lines(tmp_path / "checkpoint" / "training.json", '{"train_spots": 7}')

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,16 +81,21 @@ class Evaluation:
         compare: bool = False,
         settings: Sequence[Any] = (),
         about: str = "",
+        leaked: Collection[str] = (),
         partial: bool = False,
         overwrite: bool = False,
         log_every: int = 10,
     ) -> None:
-        """`settings`: what else shapes an answer. `about`: the same in words. `partial`: rows not wanted stay."""
+        """`settings`: what else shapes an answer. `about`: the same in words.
+
+        `leaked`: ids of rows about spots that the student was trained on. `partial`: rows not wanted stay.
+        """
         self._student = student
         self._wanted = list(wanted)
         self._context = context
         self._out = out
         self._compare = compare
+        self._leaked = frozenset(leaked)
         self._partial = partial
         self._overwrite = overwrite
         self._log_every = log_every
@@ -123,6 +128,11 @@ class Evaluation:
                     keep(earlier[row.id])
             if missing:
                 self._ask(missing, journal, keep)
+            for row in self._wanted:
+                if row.id in self._refused:
+                    metrics_file.write(
+                        rows.encode({**_about_row(row.id, row.meta), "refused": self._refused[row.id]})
+                    )
         rows.put_in_order(self._out, (row.id for row in self._wanted))
         if not self._refused:
             self._base_path.unlink(missing_ok=True)
@@ -222,7 +232,9 @@ class Evaluation:
         if of_base is not None:
             scored["base_metrics"] = score(domain, row, of_base["output"], of_base["runtime"])
         scored["reference_metrics"] = reference_score(domain, row)
-        about = {"model": self._label, "fingerprint": self._fingerprint}
+        about: dict[str, Any] = {"model": self._label, "fingerprint": self._fingerprint}
+        if row.id in self._leaked:
+            about["leaked"] = True
         scored["meta"] = {**row.meta, "split": row.split, "eval": about}
         return scored
 
@@ -287,17 +299,21 @@ class Evaluation:
 
 def metrics_line(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the metrics file: what it is about, and its metrics without its texts."""
-    meta = row["meta"]
+    evaluated = row["meta"]["eval"]
     line = {
-        "id": row["id"],
-        "spot": meta.get("spot"),
-        "province": meta.get("province"),
-        "type": meta.get("type"),
+        **_about_row(row["id"], row["meta"]),
+        "model": evaluated["model"],
         "metrics": row["metrics"],
         "base_metrics": row.get("base_metrics"),
         "reference_metrics": row.get("reference_metrics"),
     }
+    if evaluated.get("leaked"):
+        line["leaked"] = True
     return line | ({"judge": row["judge"]} if "judge" in row else {})
+
+
+def _about_row(identity: str, meta: Mapping[str, Any]) -> dict[str, Any]:
+    return {"id": identity, **{key: meta.get(key) for key in ("spot", "province", "type")}}
 
 
 # --- failures ------------------------------------------------------------------------------------

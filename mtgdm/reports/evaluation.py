@@ -65,6 +65,7 @@ class EvalRow:
     teacher: dict[str, Any] | None = None
     """What can be told of the reference itself; None in files of earlier versions."""
     judge: dict[str, Any] | None = None
+    leaked: bool = False
 
     def of(self, who: Who) -> dict[str, Any]:
         """The metrics of the student, its base or its teacher."""
@@ -83,12 +84,21 @@ class Evaluation:
 
     path: Path
     rows: list[EvalRow] = field(default_factory=list)
+    refused: int = 0
+    """Rows that could not be asked."""
+    models: list[str] = field(default_factory=list)
+    """Who was evaluated: one, where nobody put files together."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def spots(self) -> int:
         """How many spots the rows are about."""
         return len({row.spot for row in self.rows if row.spot})
+
+    @property
+    def leaked(self) -> int:
+        """How many rows are about spots that the student was trained on."""
+        return sum(row.leaked for row in self.rows)
 
     @property
     def types(self) -> list[str]:
@@ -118,6 +128,8 @@ def read_evaluation(path: Path) -> Evaluation:
     """Read a metrics file; a row that stands twice counts once, what a kill left torn is noted."""
     evaluation = Evaluation(path)
     rows: dict[str, EvalRow] = {}
+    refused: set[str] = set()
+    models: dict[str, None] = {}
     unreadable: list[int] = []
     number = 0
     for number, line in read_lines(path):
@@ -129,13 +141,18 @@ def read_evaluation(path: Path) -> Evaluation:
         if isinstance(value, dict) and isinstance(value.get("metrics"), dict):
             row = _row(value, number)
             rows[row.id] = row
+            if model := _text(value.get("model")):
+                models[model] = None
+        elif isinstance(value, dict) and "refused" in value:
+            refused.add(str(value.get("id")))
     if unreadable == [number] and number:
         evaluation.notes.append(
             f"the last line ({number:,}) is torn and was left out: eval was killed while writing"
         )
     elif unreadable:
         evaluation.notes.append(f"{len(unreadable):,} lines could not be read and were left out")
-    evaluation.rows = list(rows.values())
+    evaluation.rows, evaluation.models = list(rows.values()), list(models)
+    evaluation.refused = len(refused - rows.keys())
     if not rows:
         if number > len(unreadable):
             raise UserError(
@@ -340,6 +357,7 @@ def _row(value: dict[str, Any], number: int) -> EvalRow:
         base=known.get("base_metrics"),
         teacher=known.get("reference_metrics"),
         judge=known.get("judge"),
+        leaked=value.get("leaked") is True,
     )
 
 

@@ -54,12 +54,12 @@ class Example:
 
 
 def evaluation_report(
-    evaluation: Evaluation, *, source: str, outputs: Path, leaked: int, when: str, refused: int = 0
+    evaluation: Evaluation, *, source: str, outputs: Path, leaked: int, when: str
 ) -> Report:
     """The report of one evaluation.
 
     Texts of rows, and the name of the model, come from `outputs` where it holds the same rows. `leaked`
-    is how many rows are about spots the student was trained on, `refused` how many could not be asked.
+    is how many rows are about spots the student was trained on.
     """
     bad = worst(evaluation.rows, WORST_SHOWN)
     typical = _typical(evaluation, {row.id for row in bad})
@@ -70,16 +70,18 @@ def evaluation_report(
             f"{counted(leaked, 'row')} of {len(evaluation.rows):,} are about spots the student was trained on: "
             "the figures say little about spots it does not know",
         )
-    if refused:
-        evaluation.notes.append(f"{counted(refused, 'row')} could not be asked and stand in no figure")
-    model = next((one.model for one in found.values()), None)
+    if evaluation.refused:
+        evaluation.notes.append(
+            f"{counted(evaluation.refused, 'row')} could not be asked and stand in no figure"
+        )
+    model = " and ".join(evaluation.models) or next((one.model for one in found.values()), None)
     data = {
         "kind": "eval",
         "created": when,
         "model": model,
         "metrics_file": source,
         "leaked_rows": leaked,
-        "refused_rows": refused,
+        "refused_rows": evaluation.refused,
         **describe(evaluation),
     }
     title = f"Eval report · {when}"

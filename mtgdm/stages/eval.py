@@ -151,13 +151,13 @@ def run(config: EvalConfig, context: Context) -> Result:
         compare = config.compare_base and student.base_name is not None
         if config.compare_base and not compare:
             context.warn(
-                f"{name} names no base model, so it is evaluated alone; --base-model NAME compares it"
+                f"{student.name} names no base model, so it is evaluated alone; --base-model NAME compares it"
             )
         return _evaluated(student, wanted, leaked, compare, config, context)
 
 
 def _evaluated(
-    student: Student, wanted: list[Row], leaked: int, compare: bool, config: EvalConfig, context: Context
+    student: Student, wanted: list[Row], leaked: set[str], compare: bool, config: EvalConfig, context: Context
 ) -> Result:
     from mtgdm.evaluation.run import Evaluation, failures_path, write_failures
 
@@ -169,6 +169,7 @@ def _evaluated(
         compare=compare,
         settings=[config.split, compare, config.base_model if compare else None, config.max_new_tokens],
         about=_about(student, compare, config),
+        leaked=leaked,
         partial=bool(config.limit),
         overwrite=config.overwrite,
         log_every=config.log_every,
@@ -190,7 +191,7 @@ def _evaluated(
         counts={
             "rows": len(found.rows),
             "refused": len(found.refused),
-            "leaked": leaked,
+            "leaked": len(leaked),
             "failures": bad,
             "student": _rounded(found.student),
             "base": _rounded(found.base) or None,
@@ -227,8 +228,8 @@ def _selected(config: EvalConfig) -> Iterator[Row]:
     return islice(unique(), config.limit or None)
 
 
-def _refuse_leak(name: str, wanted: Sequence[Row], config: EvalConfig, context: Context) -> int:
-    """How many rows are about what the student was trained on; without --allow-leak there may be none."""
+def _refuse_leak(name: str, wanted: Sequence[Row], config: EvalConfig, context: Context) -> set[str]:
+    """The ids of rows about what the student was trained on; without --allow-leak there may be none."""
     from mtgdm.evaluation.training import Training
 
     if config.trained_on is not None:
@@ -243,10 +244,10 @@ def _refuse_leak(name: str, wanted: Sequence[Row], config: EvalConfig, context: 
         training = Training.of(Path(name)) if config.backend in IN_THIS_PROCESS else None
     if training is None:
         context.warn(
-            f"whether {name} was trained on these spots cannot be told: it has no training.json; "
+            f"whether {_shown(name, context)} was trained on these spots cannot be told: it has no training.json; "
             "--trained-on CHECKPOINT tells it"
         )
-        return 0
+        return set()
     leaked = training.leaked(wanted)
     if leaked and not config.allow_leak:
         names = {row.spot or row.id for row in leaked}
@@ -258,7 +259,7 @@ def _refuse_leak(name: str, wanted: Sequence[Row], config: EvalConfig, context: 
         )
     if leaked:
         context.warn(f"{len(leaked):,} of {len(wanted):,} rows are about spots the student was trained on")
-    return len(leaked)
+    return {row.id for row in leaked}
 
 
 # --- who is asked --------------------------------------------------------------------------------
@@ -268,6 +269,11 @@ def _name(config: EvalConfig) -> str:
     if config.backend in IN_THIS_PROCESS:
         return chosen_checkpoint(config.model, config.checkpoints)
     return config.model or config.backend
+
+
+def _shown(name: str, context: Context) -> str:
+    """A folder as a user knows it."""
+    return manifest.relative(Path(name), context.workspace) if Path(name).is_absolute() else name
 
 
 def _student(name: str, wanted: Sequence[Row], config: EvalConfig, context: Context) -> Student:

@@ -55,8 +55,7 @@ def run(config: EvalReportConfig, context: Context) -> Result:
         evaluation,
         source=manifest.relative(metrics, context.workspace),
         outputs=config.eval_outputs,
-        leaked=_counted(config.eval_outputs, "leaked", len(evaluation.rows)),
-        refused=_counted(config.eval_outputs, "refused", len(evaluation.rows)),
+        leaked=evaluation.leaked or _leaked(config.eval_outputs, len(evaluation.rows)),
         when=context.started.strftime("%Y-%m-%d %H:%M:%S"),
     )
     files = publish(
@@ -80,9 +79,9 @@ def run(config: EvalReportConfig, context: Context) -> Result:
     return Result(counts=counts, summary=headline(report.data), outputs=[files.json])
 
 
-def _counted(eval_outputs: Path, key: str, rows: int) -> int:
-    """A count of the manifest of the same evaluation: rows that leaked (--allow-leak), rows that could not be asked."""
+def _leaked(eval_outputs: Path, rows: int) -> int:
+    """The same of an earlier version of mtgdm, whose rows do not say it, as the manifest of the evaluation has it."""
     made = manifest.read(eval_outputs)
     if made is None or made.counts.get("rows") != rows:
         return 0
-    return int(made.counts.get(key) or 0)
+    return int(made.counts.get("leaked") or 0)
