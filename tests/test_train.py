@@ -178,18 +178,21 @@ def test_the_loss_is_the_models_own_over_all_trained_tokens(workspace: Path) -> 
 
 
 def test_every_row_comes_once_an_epoch_in_an_order_of_seed_and_epoch() -> None:
-    from mtgdm.student.packing import LengthGrouped
+    from mtgdm.student.packing import Batches, padded
 
     lengths = [7 * number % 100 for number in range(203)]
-    order = LengthGrouped(lengths, batch=4, seed=1)
+    layout = padded(lengths, batch=4, grad_accum=2, seed=1)
+    order = Batches(lengths, layout, seed=1)
     first = list(order)
-    assert sorted(first) == list(range(203))
+    assert len(first) == len(order) == 51
+    assert sorted(row for batch in first for (row,) in batch) == list(range(203))
     assert list(order) == first
     order.set_epoch(1)
     assert list(order) != first
-    assert list(LengthGrouped(lengths, batch=4, seed=2)) != first
-    batches = [first[start : start + 4] for start in range(0, 200, 4)]
-    spread = [max(lengths[row] for row in batch) - min(lengths[row] for row in batch) for batch in batches]
+    assert list(Batches(lengths, layout, seed=2)) != first
+    spread = [
+        max(lengths[row] for (row,) in batch) - min(lengths[row] for (row,) in batch) for batch in first
+    ]
     assert sum(spread) / len(spread) < 15  # of 100: rows of like length share a batch
 
 
@@ -283,14 +286,14 @@ def test_other_settings_start_anew(workspace: Path) -> None:
 
 
 def test_a_run_cut_off_after_its_last_step_only_writes_its_result(workspace: Path) -> None:
-    from mtgdm.stages import train as stage_module
+    from mtgdm.student import adapter
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
         def stop(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(stage_module, "_finish", stop)
+        patch.setattr(adapter, "finish", stop)
         trained(workspace)
     best = min(points(workspace, "eval"), key=lambda point: point["eval_loss"])
     ran = trained(workspace)
@@ -465,7 +468,13 @@ def test_memory_that_runs_out_names_the_settings_to_change(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(trainer.StudentTrainer, "summed_loss", too_much)
-    assert str(refused(workspace).hint).startswith("--gradient-checkpointing, --batch 1")
+    stopped = refused(workspace)
+    assert str(stopped) == "the largest batch does not fit: CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert str(stopped.hint).startswith(
+        "--batch 1 --grad-accum 4; --gradient-checkpointing (this far the same training goes on); --load-in-4bit"
+    )
+    saving = refused(workspace, batch=1, gradient_checkpointing=True)
+    assert str(saving.hint).startswith("--load-in-4bit; a --max-len below 2048")
 
 
 def test_qlora_trains_on_a_cpu(workspace: Path) -> None:
