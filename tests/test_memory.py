@@ -130,6 +130,24 @@ def test_weights_adapter_and_optimizer_are_counted_as_they_are_held() -> None:
     assert checkpoint_bytes(shape) == 12 * shape.adapter
 
 
+def test_no_batch_of_val_takes_more_than_the_largest_of_train() -> None:
+    from pathlib import Path
+
+    from mtgdm.rows import Row
+    from mtgdm.student.chat import IGNORED, Encoded
+    from mtgdm.student.examples import Example
+    from mtgdm.student.trainer import _batches
+
+    def example(length: int, trained: int) -> Example:
+        labels = [IGNORED] * (length - trained) + [1] * trained
+        return Example(Row("id", [], {}, Path("rows.jsonl"), 1), Encoded([1] * length, labels))
+
+    found = [example(100, 90), example(60, 10), example(50, 10), example(40, 10), example(40, 10)]
+    batches = list(_batches(found, positions=130, trained=25))
+    assert [[one.length for one in batch] for batch in batches] == [[100], [60, 50], [40, 40]]
+    assert [one for batch in batches for one in batch] == found
+
+
 def test_an_architecture_without_attention_is_not_guessed_at() -> None:
     assert shape_of(MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2), lora()) is None
 

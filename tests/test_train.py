@@ -654,19 +654,45 @@ def test_plan_says_why_it_knows_no_tokens_without_the_base(
     assert "'nobody/no-such-model' is not on this machine" in estimate["tokens_and_memory_are_not_known"]
 
 
-def test_qlora_trains_on_a_cpu(workspace: Path) -> None:
+ON_A_GPU = pytest.param("cuda0", marks=pytest.mark.gpu)
+
+
+def need(device_mode: str) -> None:
+    import torch
+
+    if device_mode == "cuda0" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.mark.parametrize("device_mode", ["cpu", ON_A_GPU])
+def test_qlora_trains(workspace: Path, device_mode: str) -> None:
+    need(device_mode)
     pytest.importorskip("bitsandbytes")
     make_base(workspace / "wide", hidden=64)  # bitsandbytes packs 64 numbers to a block
     trained(
         workspace,
+        device_mode=device_mode,
         student_base="wide",
         load_in_4bit=True,
-        bnb_compute_dtype="float32",
+        bnb_compute_dtype="float32" if device_mode == "cpu" else "bfloat16",
         gradient_checkpointing=True,
     )
     end = points(workspace, "end")[0]
     assert end["best_eval_loss"] < end["first_eval_loss"]
     assert (workspace / "data" / "checkpoints" / "wide-lora" / "adapter_config.json").is_file()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["auto", "float32", "float16"])
+def test_packed_rows_train_on_a_gpu_as_on_the_cpu(workspace: Path, precision: str) -> None:
+    need("cuda0")
+    settings: dict[str, Any] = {"lora_dropout": 0, "packing": True, "max_len": 256, "lr": 1e-3}
+    trained(workspace, **settings)
+    on_cpu = points(workspace, "end")[0]["best_eval_loss"]
+    trained(workspace, device_mode="cuda0", precision=precision, **settings)
+    end = points(workspace, "end")[0]
+    assert end["best_eval_loss"] == pytest.approx(on_cpu, rel=1e-3 if precision == "float32" else 0.05)
+    assert end["peak_memory_mib"] > 0
 
 
 def test_gradient_checkpointing_changes_memory_and_not_the_result(workspace: Path) -> None:

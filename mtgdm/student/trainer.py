@@ -31,8 +31,10 @@ from mtgdm.student.resume import Mark, WholeCheckpoint, write_mark
 if TYPE_CHECKING:
     from mtgdm.terminal import Progress
 
-EVAL_TOKENS = 16_384
-"""Positions of a batch while the loss on `val` is measured."""
+EVAL_POSITIONS = 16_384
+"""Most positions of a batch while the loss on `val` is measured."""
+EVAL_ROOM = 4
+"""So many times the positions of a training batch find room in one that keeps nothing for a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,9 @@ class StudentTrainer(Trainer):
         val: list[Example],
         pad: int,
         layout: Layout,
+        hungriest: Sequence[Item],
     ) -> None:
-        """`layout` says how the rows of `train` lie in batches."""
+        """`layout` says how the rows of `train` lie in batches; none of `val` takes more memory than `hungriest`."""
         self._collate = partial(collate, pad=pad, packed=bool(layout.bin_tokens))
         super().__init__(
             model=model,
@@ -175,7 +178,14 @@ class StudentTrainer(Trainer):
         self.trained_tokens = 0
         self.batches = Batches([example.length for example in train], layout, args.seed, args.process_index)
         self._pad = pad
-        self._val = sorted(val, key=lambda example: -example.length)
+        largest = self._collate([Rows(train)[item] for item in hungriest])
+        self._val_batches = list(
+            _batches(
+                sorted(val, key=lambda example: -example.length),
+                positions=min(EVAL_POSITIONS, EVAL_ROOM * largest["input_ids"].numel()),
+                trained=largest["trained"].numel(),
+            )
+        )
         self._step_loss: torch.Tensor | None = None
         self._trained: torch.Tensor | None = None
         head = model.get_output_embeddings()
@@ -273,10 +283,9 @@ class StudentTrainer(Trainer):
         model.eval()
         rank, world = self.args.process_index, self.args.world_size
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        batches = list(_batches(self._val, EVAL_TOKENS))
         # All processes compute equally often, or a model spread over them would wait for ever.
-        batches += [[]] * (-len(batches) % world)
-        for batch in batches[rank::world]:
+        nothing: list[list[Example]] = [[]] * (-len(self._val_batches) % world)
+        for batch in [*self._val_batches, *nothing][rank::world]:
             inputs = self._prepare_inputs(
                 collate([[example] for example in batch] or [[]], self._pad, packed=False)
             )
@@ -305,13 +314,18 @@ class StudentTrainer(Trainer):
         return 0
 
 
-def _batches(examples: Sequence[Example], positions: int) -> Iterator[list[Example]]:
-    """Batches of at most so many positions, padding included; the rows come sorted, the longest first."""
+def _batches(examples: Sequence[Example], *, positions: int, trained: int) -> Iterator[list[Example]]:
+    """Batches of at most so many positions, padding included, and trained tokens, or of one row that has more.
+
+    The rows come sorted, the longest first.
+    """
     batch: list[Example] = []
+    logits = 0
     for example in examples:
-        if batch and (len(batch) + 1) * batch[0].length > positions:
+        logits += example.tokens.trained
+        if batch and ((len(batch) + 1) * batch[0].length > positions or logits > trained):
             yield batch
-            batch = []
+            batch, logits = [], example.tokens.trained
         batch.append(example)
     if batch:
         yield batch
@@ -528,7 +542,7 @@ def train(
         args._n_gpu = min(1, args.n_gpu)  # else the Trainer would spread one GPU's model by DataParallel
     with progress(steps, resume.mark.step if resume else 0) as bar:
         watch = Watch(settings, points, bar, fingerprint, resume.mark.seconds if resume else 0.0)
-        trainer = StudentTrainer(model, args, train_examples, val_examples, pad, settings.layout)
+        trainer = StudentTrainer(model, args, train_examples, val_examples, pad, settings.layout, hungriest)
         watch.trainer = trainer
         trainer.add_callback(watch)
         trainer.add_callback(TriesFirst(trainer, hungriest, settings.save_memory))
