@@ -1,11 +1,55 @@
-"""Where checkpoints lie and which one is meant when nobody says."""
+"""What models and checkpoints are called, where checkpoints lie, and which one is meant when nobody says."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mtgdm.errors import UserError
 from mtgdm.rows import manifest_path
+
+_HUB_LINK = re.compile(r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
+_OLLAMA_TAG = re.compile(
+    r"(?P<family>[\w.]+):(?P<size>\d[\d.]*b)(?P<kind>(?:-(?:instruct|base|coder))*)(?:-(?:q\d\w*|fp16))?",
+    re.IGNORECASE,
+)
+_SIZE = re.compile(r"a?\d[\d.]*b", re.IGNORECASE)
+_OWNERS = {
+    "qwen": "Qwen",
+    "llama": "meta-llama",
+    "mistral": "mistralai",
+    "gemma": "google",
+    "phi": "microsoft",
+}
+"""Who publishes the families on the Hub, by how their names begin."""
+
+
+def hub_id(name: str) -> str:
+    """The Hub id that a sloppily written name stands for.
+
+    A link, a name without its owner and an Ollama tag are understood: `Qwen2.5-3B-Instruct`,
+    `qwen2.5:3b-instruct-q4_K_M` and `huggingface.co/Qwen/Qwen2.5-3B-Instruct` are `Qwen/Qwen2.5-3B-Instruct`.
+    """
+    plain = name.strip().strip("\"'").replace("\\", "/").strip("/")
+    if link := _HUB_LINK.match(plain):
+        plain = "/".join(plain[link.end() :].split("?")[0].split("/")[:2])
+    if tag := _OLLAMA_TAG.fullmatch(plain):
+        # Ollama's Qwen2.5 without another word is the Instruct model; a later family has one model for both.
+        kind = tag["kind"] or ("-instruct" if tag["family"].lower().startswith("qwen2") else "")
+        plain = f"{tag['family']}-{tag['size']}{kind}"
+    if "/" in plain:
+        return plain
+    owner = next((owner for start, owner in _OWNERS.items() if plain.lower().startswith(start)), None)
+    if owner is None:
+        return plain
+    return f"{owner}/{_as_qwen_writes(plain) if owner == 'Qwen' else plain}"
+
+
+def _as_qwen_writes(name: str) -> str:
+    """`qwen2.5-3b-instruct` as it is published: the Hub takes either, a cache on this disk does not."""
+    return "-".join(
+        part.upper() if _SIZE.fullmatch(part) else part[:1].upper() + part[1:] for part in name.split("-")
+    )
 
 
 def checkpoint_name(base_model: str) -> str:

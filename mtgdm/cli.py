@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -17,7 +18,7 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from mtgdm import __version__, interrupts
+from mtgdm import __version__, interrupts, processes
 from mtgdm.errors import MtgdmError, UserError
 from mtgdm.profiles import (
     Profile,
@@ -58,6 +59,8 @@ _EXTRAS = {
     "jinja2",
     "tokenizers",
 }
+FIRST_TOLD_S = 5.0
+"""So long another process than the first waits before it tells an error: torchrun looks ten times a second."""
 _COMPLETING = "_MTGDM_COMPLETE"
 """Set by the shell while it asks for completions, where a warning would land in the user's prompt."""
 _ARGUMENTS = "_TYPER_COMPLETE_ARGS"
@@ -69,7 +72,7 @@ def _terminal() -> Terminal:
     """The terminal, made when there is something to say: help does without it."""
     from mtgdm.terminal import Terminal
 
-    return Terminal()
+    return Terminal(silent=not processes.is_first())
 
 
 @cache
@@ -273,6 +276,11 @@ def run_all(
     """Run the profile's pipeline in order; what is up to date is skipped."""
     from mtgdm import pipeline
 
+    if processes.count() > 1:
+        raise UserError(
+            f"`mtgdm all` runs in one process, and {processes.count()} were started",
+            hint=f"run its stages one by one; with torchrun or accelerate launch only: train --profile {profile}",
+        )
     loaded = _load(profile)
     chain = _cut(pipeline.steps(_registry(), loaded), from_, to)
     with pipeline.locked(loaded.workspace, "mtgdm all"):
@@ -556,6 +564,10 @@ def _value(value: Any) -> str:
 
 
 def _stop(error: MtgdmError) -> NoReturn:
+    if not processes.is_first():
+        # What every process met is told by the first, whose end makes the launcher end this one meanwhile.
+        time.sleep(FIRST_TOLD_S)
+        _terminal().speak(f"process {processes.rank()}: ")
     if _terminal().verbose:
         traceback.print_exception(error)
     _terminal().error(error)

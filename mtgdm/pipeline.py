@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtgdm import __version__, manifest
+from mtgdm import __version__, manifest, processes
 from mtgdm.errors import MtgdmError, SettingError, UserError
 from mtgdm.manifest import Manifest
 from mtgdm.profiles import Profile, Settings, Sourced, settings_for
@@ -44,8 +44,19 @@ class Condition:
 
 
 def run_stage(stage: Stage[Any], settings: Settings, profile: Profile, terminal: Terminal) -> Result:
-    """Run one stage and write the manifest of each output, last of all."""
+    """Run one stage and write the manifest of each output, last of all.
+
+    Of several processes the first does so; the others run the stage's function and leave the files to it.
+    """
     config = settings.config.resolved(profile.workspace)
+    if processes.count() > 1 and not config.several_processes:
+        raise UserError(
+            f"{stage.name} runs in one process, and {processes.count()} were started",
+            hint=f"without torchrun or accelerate launch: mtgdm {stage.name}",
+        )
+    if not processes.is_first():
+        context = _context(stage, profile, terminal)
+        return stage(config, context) or Result()
     _refuse_same_path(config.inputs(), config.outputs(), profile.workspace)
     with _writing(config.outputs()):
         return _run(stage, config, settings, profile, terminal)
@@ -55,15 +66,8 @@ def _run(
     stage: Stage[Any], config: StageConfig, settings: Settings, profile: Profile, terminal: Terminal
 ) -> Result:
     workspace = profile.workspace
-    started = datetime.now().astimezone()
-    context = Context(
-        stage=stage.name,
-        workspace=workspace,
-        terminal=terminal,
-        domain=profile.domain,
-        profile=profile.name,
-        started=started,
-    )
+    context = _context(stage, profile, terminal)
+    started = context.started
     before = _known(config.inputs(), config.outputs())
     inputs = [manifest.state(path, workspace, before) for path in config.inputs() if path.exists()]
     for output in config.outputs():
@@ -107,6 +111,17 @@ def _run(
     return result
 
 
+def _context(stage: Stage[Any], profile: Profile, terminal: Terminal) -> Context:
+    return Context(
+        stage=stage.name,
+        workspace=profile.workspace,
+        terminal=terminal,
+        domain=profile.domain,
+        profile=profile.name,
+        started=datetime.now().astimezone(),
+    )
+
+
 def _refuse_same_path(inputs: Sequence[Path], outputs: Sequence[Path], workspace: Path) -> None:
     read = {path.resolve() for path in inputs}
     for path in outputs:
@@ -122,7 +137,13 @@ def _refuse_same_path(inputs: Sequence[Path], outputs: Sequence[Path], workspace
 
 @contextmanager
 def locked(workspace: Path, command: str) -> Iterator[None]:
-    """Hold the workspace; a second run is refused. The lock dies with the process, however it ends."""
+    """Hold the workspace; a second run is refused. The lock dies with the process, however it ends.
+
+    The first process of a run holds it for the others.
+    """
+    if not processes.is_first():
+        yield
+        return
     folder = workspace / ".mtgdm"
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / "running.json"

@@ -29,10 +29,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from mtgdm import processes
 from mtgdm.estimates import Expected
 from mtgdm.plugins import named
 from mtgdm.rows import is_manifest
@@ -101,6 +102,9 @@ class StageConfig(BaseModel):
         protected_namespaces=(),
         defer_build=True,  # `--help` looks at the fields alone; the validator is built when settings are read
     )
+
+    several_processes: ClassVar[bool] = False
+    """Whether torchrun or `accelerate launch` may start the stage more than once; see `mtgdm.processes`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -252,8 +256,11 @@ class Context:
 
     @cached_property
     def log(self) -> logging.Logger:
-        """The run's log file, made at the first use."""
+        """The run's log file, made at the first use; the first of several processes keeps it."""
         logger = logging.Logger(f"mtgdm.{self.stage}", logging.DEBUG)
+        if not processes.is_first():
+            logger.addHandler(logging.NullHandler())
+            return logger
         handler = _LogFile(self.log_path(".log"), self.terminal.warn)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)

@@ -35,17 +35,20 @@ PIPE_COLUMNS = 1000
 class Terminal:
     """Everything the user sees."""
 
-    def __init__(self, *, verbose: bool = False) -> None:
+    def __init__(self, *, verbose: bool = False, silent: bool = False) -> None:
+        """With `silent` nothing is said: another process speaks for this one."""
         self.verbose = verbose
+        self._silent = silent
+        self._speaker = ""
         width = None if sys.stdout.isatty() else PIPE_COLUMNS
-        self._out = Console(highlight=False, soft_wrap=True, width=width)
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._out = Console(highlight=False, soft_wrap=True, width=width, quiet=silent)
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True, quiet=silent)
         self._live: _Bars | None = None
 
     @property
     def live(self) -> bool:
         """Whether progress is drawn in place; otherwise it is a line now and then."""
-        return self._err.is_terminal
+        return self._err.is_terminal and not self._silent
 
     @property
     def _lines(self) -> Console:
@@ -58,7 +61,8 @@ class Terminal:
 
     def json(self, text: str) -> None:
         """JSON on standard output, byte for byte: no wrapping, no colour."""
-        self._out.file.write(text + "\n")
+        if not self._silent:
+            self._out.file.write(text + "\n")
 
     def warn(self, text: str) -> None:
         """A warning line on standard error."""
@@ -66,9 +70,14 @@ class Terminal:
 
     def error(self, error: MtgdmError) -> None:
         """One line that says what and where, and the hint under it."""
-        self._err.print(Text.assemble(("error: ", "bold red"), str(error).replace("\n", " ")))
+        self._err.print(Text.assemble(("error: ", "bold red"), self._speaker, str(error).replace("\n", " ")))
         if error.hint:
             self._err.print(Text.assemble(("hint: ", "cyan"), error.hint))
+
+    def speak(self, speaker: str) -> None:
+        """Say an error after all, where one was to be silent, with who says it."""
+        self._speaker = speaker
+        self._err.quiet = False
 
     def leave(self) -> None:
         """Show the cursor again: the last before the process ends at once, from any thread, waiting for no lock."""
@@ -110,6 +119,9 @@ class Terminal:
         Where work is broken off the bar stays as it stood, or goes where nothing was done; a log has a line of
         it after Ctrl-C, and after an error the error alone.
         """
+        if self._silent:
+            yield Progress(title, total, unit, done)
+            return
         if not self.live:
             line = PlainProgress(self, title, total, unit, done)
             try:

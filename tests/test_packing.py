@@ -81,7 +81,7 @@ STACKED = [[9, 5, 14], [3, 30], [7]]
 
 
 def logits_by_row(model: Any, bins: list[list[Example]]) -> Iterator[tuple[Example, Any]]:
-    batch = packing.collate_bins(bins, pad=0)
+    batch = packing.collate(bins, pad=0, packed=True)
     with torch.no_grad():
         logits = model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
@@ -91,6 +91,21 @@ def logits_by_row(model: Any, bins: list[list[Example]]) -> Iterator[tuple[Examp
         for row in found:
             yield row, logits[place, start : start + row.length]
             start += row.length
+
+
+def rows_in(batches: list[list[packing.Item]]) -> list[int]:
+    return sorted(row for batch in batches for item in batch for row in item)
+
+
+def steps_of(layout: packing.Layout) -> list[list[int]]:
+    """The rows of each step of an epoch, over all processes."""
+    shares = [list(packing.Batches(SKEWED, layout, seed=1, rank=rank)) for rank in range(layout.processes)]
+    assert len({len(share) for share in shares}) == 1  # all processes compute equally often
+    count = layout.grad_accum
+    starts = range(0, len(shares[0]), count)
+    return [
+        rows_in([batch for share in shares for batch in share[start : start + count]]) for start in starts
+    ]
 
 
 # --- bins ----------------------------------------------------------------------------------------
@@ -118,25 +133,60 @@ def test_packing_a_hundred_thousand_rows_takes_no_noticeable_time() -> None:
 
 
 def test_an_epoch_has_every_row_once_in_an_order_of_seed_and_epoch() -> None:
-    order = packing.Packed(SKEWED, 800, seed=1)
+    layout = packing.packed(SKEWED, batch=2, grad_accum=4, max_len=max(SKEWED), seed=1)
+    order = packing.Batches(SKEWED, layout, seed=1)
     first = list(order)
     assert len(first) == len(order)
-    assert sorted(row for found in first for row in found) == list(range(300))
-    assert list(order) == first == list(packing.Packed(SKEWED, 800, seed=1))
+    assert rows_in(first) == list(range(300))
+    assert list(order) == first == list(packing.Batches(SKEWED, layout, seed=1))
     order.set_epoch(1)
     second = list(order)
     assert (second != first) and len(second) == len(order)
-    assert sorted(row for found in second for row in found) == list(range(300))
-    assert list(packing.Packed(SKEWED, 800, seed=2)) != first
+    assert rows_in(second) == list(range(300))
+    assert list(packing.Batches(SKEWED, layout, seed=2)) != first
 
 
 def test_a_step_keeps_its_rows_and_its_share_of_memory() -> None:
     for batch, grad_accum in ((1, 1), (2, 8), (4, 4), (8, 1), (16, 2)):
         found = packing.packed(SKEWED, batch=batch, grad_accum=grad_accum, max_len=2048, seed=1)
         assert found.batch <= batch and max(SKEWED) <= found.bin_tokens <= 2048
-        rows_a_step = found.batch * found.grad_accum * found.rows / found.items
         least = found.rows / found.items  # a bin cannot be split over two steps
-        assert 0.7 * batch * grad_accum < rows_a_step < 1.4 * max(batch * grad_accum, least)
+        assert 0.7 * batch * grad_accum < found.rows_a_step < 1.4 * max(batch * grad_accum, least)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_rows_of_a_step_do_not_hang_on_how_it_is_shared(pack: bool) -> None:
+    def layout(batch: int, grad_accum: int, processes: int) -> packing.Layout:
+        settings = {"batch": batch, "grad_accum": grad_accum, "seed": 1, "processes": processes}
+        if pack:
+            return packing.packed(SKEWED, max_len=max(SKEWED), **settings)
+        return packing.padded(SKEWED, **settings)
+
+    whole = steps_of(layout(16, 1, 1))
+    assert [row for step in whole for row in step] != list(range(300))
+    assert sorted(row for step in whole for row in step) == list(range(300))
+    for way in ((2, 8, 1), (1, 16, 1), (4, 2, 2), (1, 4, 4), (2, 4, 2)):
+        assert steps_of(layout(*way)) == whole
+
+
+def test_where_rows_run_short_a_process_computes_nothing_but_padding() -> None:
+    layout = packing.padded([5, 4, 3], batch=2, grad_accum=1, seed=0, processes=2)
+    shares = [list(packing.Batches([5, 4, 3], layout, seed=0, rank=rank)) for rank in range(2)]
+    assert shares == [[[[0], [1]]], [[[2]]]]
+    layout = packing.padded([5, 4], batch=2, grad_accum=1, seed=0, processes=2)
+    assert list(packing.Batches([5, 4], layout, seed=0, rank=1)) == [[[]]]
+    batch = packing.collate([[]], pad=7, packed=False)
+    assert (batch["input_ids"].tolist(), batch["trained"].tolist(), batch["tokens"]) == ([[7]], [], 0)
+
+
+def test_the_hungriest_batch_is_that_of_all_which_costs_most() -> None:
+    layout = packing.padded(SKEWED, batch=4, grad_accum=2, seed=3)
+    batch = packing.hungriest(SKEWED, [1] * 300, layout, 3, cost=lambda positions, trained: positions)
+    assert max(SKEWED) in [SKEWED[row] for item in batch for row in item]
+    trained = [0] * 300
+    trained[SKEWED.index(min(SKEWED))] = 5
+    batch = packing.hungriest(SKEWED, trained, layout, 3, cost=lambda positions, trained: trained)
+    assert [SKEWED.index(min(SKEWED))] in batch
 
 
 def test_bins_pay_on_a_gpu_where_rows_are_short_and_never_on_a_cpu() -> None:
@@ -155,12 +205,11 @@ def test_the_padding_told_is_that_of_the_batches() -> None:
     bins = packing.packed(lengths, batch=2, grad_accum=8, max_len=512, seed=3)
     alike = packing.padded(lengths, batch=2, grad_accum=8, seed=3)
     examples = [example(length, seed) for seed, length in enumerate(lengths)]
-    order = list(packing.Packed(lengths, bins.bin_tokens, 3))
     computed = sum(
-        packing.collate_bins([[examples[row] for row in found] for found in order[s : s + bins.batch]], 0)[
+        packing.collate([[examples[row] for row in item] for item in batch], 0, packed=True)[
             "input_ids"
         ].numel()
-        for s in range(0, len(order), bins.batch)
+        for batch in packing.Batches(lengths, bins, 3)
     )
     assert bins.padding == pytest.approx(1 - sum(lengths) / computed)
     assert 0 < alike.padding < 0.2
@@ -200,10 +249,11 @@ def test_another_row_of_the_bin_changes_no_logit(checkpointing: bool, autocast: 
 
 def test_neither_the_first_token_of_a_row_nor_padding_is_trained() -> None:
     trained_from_the_start = Example(row_of("0"), Encoded([5, 6, 7], [5, 6, 7]))
-    batch = packing.collate_bins([[trained_from_the_start] * 2, [trained_from_the_start]], pad=0)
+    batch = packing.collate([[trained_from_the_start] * 2, [trained_from_the_start]], pad=0, packed=True)
     assert batch["labels"].tolist() == [[IGNORED, 6, 7, IGNORED, 6, 7], [IGNORED, 6, 7] + [IGNORED] * 3]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]] * 2
     assert batch["input_ids"].tolist() == [[5, 6, 7, 5, 6, 7], [5, 6, 7, 0, 0, 0]]
+    assert (batch["trained"].tolist(), batch["targets"].tolist()) == ([0, 1, 3, 4, 6, 7], [6, 7] * 3)
     assert "attention_mask" not in batch  # with one, position_ids would no longer separate the rows
 
 
@@ -262,7 +312,7 @@ def test_steps_on_packed_rows_are_those_on_padded_rows(workspace: Path, checkpoi
     packed = points(workspace)
     assert (packed[0]["layout"]["bin_tokens"], padded[0]["layout"]["bin_tokens"]) == (256, 0)
     assert packed[0]["layout"]["items"] < 10
-    assert packed[0]["layout"]["items"] == packed[0]["layout"]["batch"] * packed[0]["layout"]["grad_accum"]
+    assert packed[0]["layout"]["items"] == packed[0]["layout"]["items_a_step"]
     for one, other in zip(padded, packed, strict=True):
         for key in ("loss", "grad_norm", "eval_loss"):
             assert one.get(key) == pytest.approx(other.get(key), abs=1e-4)
@@ -291,7 +341,7 @@ def test_epochs_of_packed_rows_count_steps_by_bins(workspace: Path) -> None:
     trained(workspace, packing=True, max_steps=0, epochs=2, max_len=256, batch=2, grad_accum=2)
     start, end = points(workspace, "start")[0], points(workspace, "end")[0]
     layout = start["layout"]
-    assert start["total_steps"] == 2 * -(-layout["items"] // (layout["batch"] * layout["grad_accum"]))
+    assert start["total_steps"] == 2 * -(-layout["items"] // layout["items_a_step"])
     assert end["steps"] == start["total_steps"]
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mtgdm.errors import MtgdmError, UserError
+from mtgdm.stages.package import run as package
 from mtgdm.stages.train import run as train
 from mtgdm.student.noise import quiet
 from mtgdm.student.resume import MARK, whole_checkpoints
@@ -178,18 +182,21 @@ def test_the_loss_is_the_models_own_over_all_trained_tokens(workspace: Path) -> 
 
 
 def test_every_row_comes_once_an_epoch_in_an_order_of_seed_and_epoch() -> None:
-    from mtgdm.student.packing import LengthGrouped
+    from mtgdm.student.packing import Batches, padded
 
     lengths = [7 * number % 100 for number in range(203)]
-    order = LengthGrouped(lengths, batch=4, seed=1)
+    layout = padded(lengths, batch=4, grad_accum=2, seed=1)
+    order = Batches(lengths, layout, seed=1)
     first = list(order)
-    assert sorted(first) == list(range(203))
+    assert len(first) == len(order) == 51
+    assert sorted(row for batch in first for (row,) in batch) == list(range(203))
     assert list(order) == first
     order.set_epoch(1)
     assert list(order) != first
-    assert list(LengthGrouped(lengths, batch=4, seed=2)) != first
-    batches = [first[start : start + 4] for start in range(0, 200, 4)]
-    spread = [max(lengths[row] for row in batch) - min(lengths[row] for row in batch) for batch in batches]
+    assert list(Batches(lengths, layout, seed=2)) != first
+    spread = [
+        max(lengths[row] for (row,) in batch) - min(lengths[row] for (row,) in batch) for batch in first
+    ]
     assert sum(spread) / len(spread) < 15  # of 100: rows of like length share a batch
 
 
@@ -250,6 +257,61 @@ def test_a_killed_run_goes_on_and_reaches_the_same_end(workspace: Path) -> None:
     assert not list(checkpoint(workspace).glob("checkpoint-*"))
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
+def test_runs_killed_at_any_moment_reach_the_same_end(workspace: Path) -> None:
+    settings = {**QUICK, "max_steps": 12, "save_steps": 1, "eval_steps": 4}
+    trained(workspace, **settings)
+    whole = {point["step"]: point["loss"] for point in points(workspace, "train")}
+    finished = checkpoint(workspace).rename(workspace / "whole")
+    (workspace / "data" / "checkpoints" / "base-lora.manifest.json").unlink()
+
+    program = (
+        "import json, sys; from pathlib import Path; from mtgdm.stages.train import run; "
+        "from mtgdm.testing import run as run_stage; run_stage(run, Path(sys.argv[1]), **json.loads(sys.argv[2]))"
+    )
+    moments = random.Random(7)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(workspace), json.dumps(settings)],
+            env=clean_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = {path.name for path in checkpoint(workspace).glob("checkpoint-*")}
+        patience = time.monotonic() + 120
+        while time.monotonic() < patience and process.poll() is None:
+            if {path.name for path in checkpoint(workspace).glob("checkpoint-*")} - before:
+                break
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+    trained(workspace, **settings)
+    assert {point["step"]: point["loss"] for point in points(workspace, "train")} == pytest.approx(
+        whole, abs=1e-6
+    )
+    assert furthest(checkpoint(workspace), finished) <= 1e-6
+
+
+def test_other_batches_and_less_memory_go_on_with_the_same_training(workspace: Path) -> None:
+    settings = {"lora_dropout": 0, "batch": 4, "grad_accum": 1}
+    trained(workspace, **settings)
+    whole = {point["step"]: point["loss"] for point in points(workspace, "train")}
+    finished = checkpoint(workspace).rename(workspace / "whole")
+    (workspace / "data" / "checkpoints" / "base-lora.manifest.json").unlink()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        trained(workspace, **settings)
+    ran = trained(
+        workspace, lora_dropout=0, batch=1, grad_accum=4, gradient_checkpointing=True, attention="eager"
+    )
+    assert any("going on from step 4 of 6" in line for line in ran.printed)
+    assert {point["step"]: point["loss"] for point in points(workspace, "train")} == pytest.approx(
+        whole, abs=1e-5
+    )
+    assert furthest(checkpoint(workspace), finished) <= 1e-5
+
+
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C at the end of a step, once."""
     from mtgdm.student import trainer
@@ -283,14 +345,14 @@ def test_other_settings_start_anew(workspace: Path) -> None:
 
 
 def test_a_run_cut_off_after_its_last_step_only_writes_its_result(workspace: Path) -> None:
-    from mtgdm.stages import train as stage_module
+    from mtgdm.student import adapter
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
         def stop(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(stage_module, "_finish", stop)
+        patch.setattr(adapter, "finish", stop)
         trained(workspace)
     best = min(points(workspace, "eval"), key=lambda point: point["eval_loss"])
     ran = trained(workspace)
@@ -465,22 +527,172 @@ def test_memory_that_runs_out_names_the_settings_to_change(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(trainer.StudentTrainer, "summed_loss", too_much)
-    assert str(refused(workspace).hint).startswith("--gradient-checkpointing, --batch 1")
+    stopped = refused(workspace)
+    assert str(stopped) == "the largest batch does not fit: CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert str(stopped.hint).startswith(
+        "--batch 1 --grad-accum 4; --gradient-checkpointing (this far the same training goes on); --load-in-4bit"
+    )
+    saving = refused(workspace, batch=1, gradient_checkpointing=True)
+    assert str(saving.hint).startswith("--load-in-4bit; a --max-len below 2048")
 
 
-def test_qlora_trains_on_a_cpu(workspace: Path) -> None:
+def test_the_largest_batch_is_tried_first_and_leaves_nothing_behind(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from mtgdm.student import trainer
+
+    tried: list[int] = []
+    before = trainer.StudentTrainer.try_batch
+
+    def watched(self: Any, model: Any, items: Any) -> None:
+        state = torch.get_rng_state()
+        before(self, model, items)
+        assert torch.equal(state, torch.get_rng_state())
+        assert all(value.grad is None for value in model.parameters())
+        tried.append(max(self.train_dataset[item][0].length for item in items))
+
+    monkeypatch.setattr(trainer.StudentTrainer, "try_batch", watched)
+    trained(workspace)
+    start = points(workspace, "start")[0]
+    log = next((workspace / "log").glob("train-*.log")).read_text(encoding="utf-8")
+    longest = next(line.split()[-2] for line in log.splitlines() if line.startswith("train: tokens"))
+    assert tried == [int(longest)]
+    assert start["expected_memory_mib"]["total"] >= start["expected_memory_mib"]["logits"] > 0
+
+
+def test_a_large_model_is_not_trained_on_a_cpu_by_accident(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from mtgdm.stages import train as stage_module
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(stage_module, "CPU_PARAMETERS", 1000)
+    error = refused(workspace, device_mode="auto")
+    assert str(error).startswith("PyTorch sees no GPU, and base with 0.0 billion parameters would be trained")
+    assert "--allow-cpu" in str(error.hint)
+    trained(workspace, device_mode="auto", allow_cpu=True, max_steps=1)
+    trained(workspace, device_mode="cpu", max_steps=1)
+    assert "needs a GPU" in str(refused_again(workspace, precision="float16"))
+
+
+def refused_again(workspace: Path, **settings: Any) -> MtgdmError:
+    with pytest.raises(MtgdmError) as caught:
+        trained(workspace, **settings)
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", ["lora_rslora", "lora_dora"])
+def test_the_other_kinds_of_lora_train_and_package(workspace: Path, kind: str) -> None:
+    trained(workspace, **{kind: True})
+    end = points(workspace, "end")[0]
+    assert end["best_eval_loss"] < end["first_eval_loss"]
+    config = json.loads((checkpoint(workspace) / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config[{"lora_rslora": "use_rslora", "lora_dora": "use_dora"}[kind]] is True
+    run_stage(package, workspace)  # merged, and compared with base and adapter
+
+
+def test_an_end_of_turn_that_also_pads_is_trained_and_counted(workspace: Path) -> None:
+    """Tokenizers without a token for padding: the mask goes by place, so nothing is lost."""
+    trained(workspace, max_steps=1, eval_steps=1)
+    before = points(workspace, "train")[0]
+    path = workspace / "base" / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "pad_token": "<|im_end|>"}), encoding="utf-8")
+    trained(workspace, max_steps=1, eval_steps=1)
+    after = points(workspace, "train")[0]
+    assert after["loss"] == pytest.approx(before["loss"], abs=1e-6)
+    for key in ("tokens_per_s", "trained_tokens_per_s"):
+        assert round(after[key] * after["step_seconds"]) == round(before[key] * before["step_seconds"])
+
+
+def test_metrics_go_to_a_tracker_too(workspace: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    trained(workspace, report_to=["tensorboard"])
+    (folder,) = (workspace / "log" / "tensorboard").iterdir()
+    assert any(path.name.startswith("events.out.tfevents") for path in folder.iterdir())
+    assert not (checkpoint(workspace) / "runs").exists()
+    error = refused_again(workspace, report_to=["tensorbord"])
+    assert str(error) == "--report-to: there is no tracker 'tensorbord'"
+    assert error.hint == "did you mean 'tensorboard'?" and error.exit_code == 2
+    error = refused_again(workspace, report_to=["swanlab"])
+    assert (str(error), error.hint) == ("--report-to: swanlab is not installed", "pip install swanlab")
+
+
+def test_plan_tells_tokens_steps_memory_and_the_hours_of_an_earlier_run(workspace: Path) -> None:
+    config = train.config(**{**QUICK, "max_steps": 0, "epochs": 3}).resolved(workspace)
+    estimate = config.estimate()
+    assert (estimate["train_rows"], estimate["val_rows"], estimate["steps"]) == (10, 3, 9)
+    assert estimate["tokens_in_all"] == 3 * estimate["tokens_an_epoch"]
+    assert set(estimate["mib_of_memory"]) == {
+        "weights", "adapter", "gradients", "optimizer", "activations", "logits", "total",
+    }  # fmt: skip
+    assert estimate["mib_of_disk"] > 0 and "hours" not in estimate
+    trained(workspace, max_steps=0, epochs=3)
+    assert points(workspace, "end")[0]["steps"] == 9
+    hours = config.estimate()["hours"]
+    assert 0 < hours.low <= hours.mean <= hours.high < 1
+    assert train.config(**{**QUICK, "max_len": 16}).resolved(workspace).estimate() == {
+        "train_rows": 10,
+        "rows_longer_than_max_len": 10,
+    }
+    (workspace / "data" / "teacher.jsonl").unlink()
+    assert config.estimate() == {}
+
+
+def test_plan_says_why_it_knows_no_tokens_without_the_base(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with quiet():
+        from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    estimate = train.config(student_base="nobody/no-such-model").resolved(workspace).estimate()
+    assert (estimate["train_rows"], estimate["val_rows"]) == (10, 3)
+    assert "'nobody/no-such-model' is not on this machine" in estimate["tokens_and_memory_are_not_known"]
+
+
+ON_A_GPU = pytest.param("cuda0", marks=pytest.mark.gpu)
+
+
+def need(device_mode: str) -> None:
+    import torch
+
+    if device_mode == "cuda0" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.mark.parametrize("device_mode", ["cpu", ON_A_GPU])
+def test_qlora_trains(workspace: Path, device_mode: str) -> None:
+    need(device_mode)
     pytest.importorskip("bitsandbytes")
     make_base(workspace / "wide", hidden=64)  # bitsandbytes packs 64 numbers to a block
     trained(
         workspace,
+        device_mode=device_mode,
         student_base="wide",
         load_in_4bit=True,
-        bnb_compute_dtype="float32",
+        bnb_compute_dtype="float32" if device_mode == "cpu" else "bfloat16",
         gradient_checkpointing=True,
     )
     end = points(workspace, "end")[0]
     assert end["best_eval_loss"] < end["first_eval_loss"]
     assert (workspace / "data" / "checkpoints" / "wide-lora" / "adapter_config.json").is_file()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["auto", "float32", "float16"])
+def test_packed_rows_train_on_a_gpu_as_on_the_cpu(workspace: Path, precision: str) -> None:
+    need("cuda0")
+    settings: dict[str, Any] = {"lora_dropout": 0, "packing": True, "max_len": 256, "lr": 1e-3}
+    trained(workspace, **settings)
+    on_cpu = points(workspace, "end")[0]["best_eval_loss"]
+    trained(workspace, device_mode="cuda0", precision=precision, **settings)
+    end = points(workspace, "end")[0]
+    assert end["best_eval_loss"] == pytest.approx(on_cpu, rel=1e-3 if precision == "float32" else 0.05)
+    assert end["peak_memory_mib"] > 0
 
 
 def test_gradient_checkpointing_changes_memory_and_not_the_result(workspace: Path) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
-from mtgdm import rows
-from mtgdm.checkpoints import checkpoint_name
+from mtgdm import processes, rows
+from mtgdm.checkpoints import checkpoint_name, hub_id
 from mtgdm.errors import UserError
 from mtgdm.manifest import settings_digest
 from mtgdm.rows import Row, Split
 from mtgdm.stage import Context, Input, Output, Result, Runtime, StageConfig, stage
+from mtgdm.student.installed import INSTALL, TRAINING
 from mtgdm.student.resume import WholeCheckpoint, remove_checkpoints, whole_checkpoints
 
 if TYPE_CHECKING:
@@ -27,10 +26,13 @@ if TYPE_CHECKING:
     from mtgdm.student.base import Placement
     from mtgdm.student.chat import Chat
     from mtgdm.student.examples import Example
-    from mtgdm.student.packing import Layout
-    from mtgdm.student.trainer import Outcome
+    from mtgdm.student.memory import Memory, Shape
+    from mtgdm.student.packing import Item, Layout
+    from mtgdm.student.trainer import LoraSettings, Outcome
 
 CHECKPOINTS = Path("data/checkpoints")
+CPU_PARAMETERS = 200_000_000
+"""Beyond that many parameters training on a CPU is a matter of days, and has to be asked for."""
 
 _SHOWN_ROWS = 3
 
@@ -38,21 +40,31 @@ _SHOWN_ROWS = 3
 class TrainConfig(StageConfig):
     """Settings of `mtgdm train`."""
 
+    several_processes = True
+    _workspace: Path = PrivateAttr(Path())
+
     in_: Annotated[Path, Input()] = Field(Path("data/teacher.jsonl"), alias="in")
     """The answered rows."""
     student_base: str = "Qwen/Qwen2.5-3B-Instruct"
-    """The model to train: a Hub id, a folder, or `mtgdm-tiny`, the offline base that ships with mtgdm."""
+    """The model to train: a Hub id, a folder, or `mtgdm-tiny`, the offline base that ships with mtgdm. A Hub link, an
+    Ollama tag and a name without its owner are understood."""
     ckpt_out: Annotated[Path | None, Output()] = None
     """Folder of the checkpoint; by default data/checkpoints/ and the name of the base."""
     device_mode: Literal["cuda0", "auto", "cpu"] = "auto"
     """First GPU, what there is, or the CPU."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    allow_cpu: Annotated[bool, Runtime()] = False
+    """Train a model of more than 200 million parameters on the CPU where auto finds no GPU."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Numbers to compute in; auto takes bfloat16 on a GPU, float32 on a CPU. A CPU without bfloat16 keeps float32."""
+    attention: Annotated[
+        Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"], Runtime()
+    ] = "auto"
+    """How attention is computed; auto leaves it to transformers."""
     load_in_4bit: bool = False
     """QLoRA: hold the base in 4-bit NF4 with double quantisation."""
     bnb_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Numbers that 4-bit weights are computed in."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Runtime()] = False
     """Compute activations twice to hold fewer: less memory, about a third slower."""
     lora_r: int = Field(16, ge=1)
     """Rank of the adapter."""
@@ -62,6 +74,10 @@ class TrainConfig(StageConfig):
     """Dropout before the adapter."""
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Layers that get an adapter, by the end of their names."""
+    lora_rslora: bool = False
+    """Scale the adapter by alpha / sqrt(rank), which keeps high ranks learning."""
+    lora_dora: bool = False
+    """DoRA: train the size of each weight apart from its direction; slower, sometimes better at low ranks."""
     epochs: float = Field(3.0, gt=0)
     """Passes over the rows."""
     max_steps: int = Field(0, ge=0)
@@ -104,16 +120,23 @@ class TrainConfig(StageConfig):
     """A point of the metrics every so many steps."""
     keep_checkpoints: Annotated[bool, Runtime()] = False
     """Keep the checkpoint-N folders with their optimizer states after the end."""
+    report_to: Annotated[tuple[str, ...], Runtime()] = ()
+    """Send the metrics to trackers that are installed too: tensorboard, wandb, mlflow, or others transformers knows."""
     preview: Annotated[bool, Runtime()] = False
     """Show three rows token by token with the loss mask and the lengths, and train nothing."""
 
     def resolved(self, workspace: Path) -> Self:
-        """The same settings with every path absolute and the checkpoint's folder named."""
-        named = (
-            self
-            if self.ckpt_out
-            else self.model_copy(update={"ckpt_out": CHECKPOINTS / checkpoint_name(self.student_base)})
+        """The same settings with every path absolute, the base named as the Hub does, the checkpoint's folder named."""
+        base = self.student_base
+        if not (workspace / Path(base).expanduser()).is_dir():
+            base = hub_id(base)
+        named = self.model_copy(
+            update={
+                "student_base": base,
+                "ckpt_out": self.ckpt_out or CHECKPOINTS / checkpoint_name(base),
+            }
         )
+        named._workspace = workspace
         return super(TrainConfig, named).resolved(workspace)
 
     def finished(self) -> tuple[int, int] | None:
@@ -121,84 +144,93 @@ class TrainConfig(StageConfig):
         whole = whole_checkpoints(self.ckpt_out) if self.ckpt_out else []
         return (whole[-1].mark.step, whole[-1].mark.total_steps) if whole else None
 
+    def estimate(self) -> dict[str, Any]:
+        """Tokens by the real lengths, steps, memory by term and disk; hours where this base was trained before."""
+        from mtgdm.student.installed import missing
+
+        if not self.in_.is_file():
+            return {}
+        if lacking := missing(*self.libraries):
+            return {"not_counted": f"{' and '.join(lacking)} not installed: {INSTALL}"}
+        from mtgdm.student.noise import quiet
+
+        with quiet():
+            return _expected(self)
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """What training needs of the extra `train`."""
+        return (*TRAINING, *(["bitsandbytes"] if self.load_in_4bit else []))
+
+    @property
+    def memory_savers(self) -> str:
+        """The settings to change where memory runs out, the cheapest first."""
+        same = [
+            f"--batch 1 --grad-accum {self.batch * self.grad_accum}" if self.batch > 1 else "",
+            "" if self.gradient_checkpointing else "--gradient-checkpointing",
+        ]
+        ways = [way for way in same if way]
+        if ways:
+            ways[-1] += " (this far the same training goes on)"
+        ways += [] if self.load_in_4bit else ["--load-in-4bit"]
+        return "; ".join([*ways, f"a --max-len below {self.max_len}", "a smaller --student-base"])
+
 
 @stage
 def run(config: TrainConfig, context: Context) -> Result:
     """Train the student: teacher rows in, a LoRA checkpoint out; goes on where it was interrupted."""
-    from mtgdm.student.installed import TRAINING, require
+    from mtgdm.student.installed import require
 
-    require(*TRAINING, *(["bitsandbytes"] if config.load_in_4bit else []))
-    split = _split(config)
+    require(*config.libraries)
+    if config.preview and not processes.is_first():
+        return Result(outputs=[])
+    from mtgdm.student.examples import read_splits
+
+    split = read_splits(config.in_, config.val_ratio)
     from mtgdm.student.noise import quiet
 
     with quiet():
-        return _train(config, context, split)
+        if config.preview:
+            return _preview(config, context, split)
+        from mtgdm.student import base, distributed
 
-
-# --- rows ----------------------------------------------------------------------------------------
-
-
-def _split(config: TrainConfig) -> dict[Split, list[Row]]:
-    """The rows by split; a spot in two splits, an empty file and a file without `train` stop the run."""
-    found: dict[Split, list[Row]] = {"train": [], "val": [], "test": []}
-    of_spot: dict[str, set[Split]] = {}
-    for row in rows.read_rows(config.in_, answered=True):
-        split = _split_of(row, config.val_ratio)
-        found[split].append(row)
-        if row.spot is not None:
-            of_spot.setdefault(row.spot, set()).add(split)
-    both = sorted(spot for spot, splits in of_spot.items() if len(splits) > 1)
-    if both:
-        raise UserError(
-            f"{len(both):,} spots stand in more than one split, so what is checked would have been trained on: "
-            f"{'、'.join(both[:3])}{' …' if len(both) > 3 else ''}",
-            where=config.in_,
-            hint="the split hangs on the spot: make the prompts again with `mtgdm prompts`",
-        )
-    if not any(found.values()):
-        raise UserError("there are no rows", where=config.in_, hint="run `mtgdm teacher` first")
-    if not found["train"]:
-        raise UserError(
-            f"none of the {sum(map(len, found.values())):,} rows is in the split `train`",
-            where=config.in_,
-            hint="more spots, or smaller ratios for val and test in `mtgdm prompts`",
-        )
-    return found
-
-
-def _split_of(row: Row, val_ratio: float) -> Split:
-    if row.meta.get("split") in ("train", "val", "test"):
-        return row.split
-    return rows.split_of(row.spot or row.id, val_ratio=val_ratio)
+        placement = base.place(config.device_mode, config.precision)
+        with distributed.joined(placement):
+            return _train(config, context, split, placement)
 
 
 # --- the run -------------------------------------------------------------------------------------
 
 
-def _train(config: TrainConfig, context: Context, split: dict[Split, list[Row]]) -> Result:
-    from mtgdm.student import base, trainer
-    from mtgdm.student.chat import Chat
+def _preview(config: TrainConfig, context: Context, split: Mapping[Split, Sequence[Row]]) -> Result:
+    chat = _chat(config)
+    train_rows, _ = _examples(config, context, split, chat)
+    for layout in _layouts(config, train_rows):
+        context.print(str(layout))
+    return Result(summary="preview: nothing was trained", outputs=[])
+
+
+def _train(
+    config: TrainConfig, context: Context, split: Mapping[Split, Sequence[Row]], placement: Placement
+) -> Result:
+    from mtgdm.student import adapter, base, distributed, memory, trainer
 
     assert config.ckpt_out is not None
     source = base.locate(config.student_base, context.workspace)
-    if base.is_adapter(source):
-        raise UserError(
-            "--student-base is a LoRA adapter, not a model",
-            where=source,
-            hint=f"--student-base {base.base_of(source)}, which it was trained on",
-        )
-    placement = None if config.preview else base.place(config.device_mode, config.precision)
-    chat = Chat(base.load_tokenizer(source, config.student_base), config.student_base)
+    reporters = trainer.reporters(
+        config.report_to, context.workspace / "log" / "tensorboard" / context.timestamp
+    )
+    with distributed.first_alone():
+        chat = _chat(config)
+        lora = _lora(config)
+        shape = memory.shape_of(base.load_config(source, config.student_base), lora.config)
+    _refuse_cpu(config, placement, shape)
     train_rows, val_rows = _examples(config, context, split, chat)
-    if placement is None:
-        for layout in _layouts(config, train_rows):
-            context.print(str(layout))
-        return Result(summary="preview: nothing was trained", outputs=[])
     if not val_rows:
         context.warn(
             f"no row of {config.in_.name} is in the split `val`: no eval loss, no early stop, the last step counts"
         )
-
+    held_before = memory.peak_bytes(placement.device)
     model = trainer.with_adapter(
         base.load_model(
             source,
@@ -206,17 +238,14 @@ def _train(config: TrainConfig, context: Context, split: dict[Split, list[Row]])
             placement,
             load_in_4bit=config.load_in_4bit,
             compute_dtype=config.bnb_compute_dtype,
+            attention=config.attention,
         ),
-        trainer.LoraSettings(
-            config.lora_r,
-            config.lora_alpha,
-            config.lora_dropout,
-            "all-linear" if config.lora_targets == ("all-linear",) else list(config.lora_targets),
-        ),
+        lora,
         checkpointing=config.gradient_checkpointing,
         seed=config.seed,
     )
     layout = _layout(config, context, train_rows, model, placement)
+    hungriest, expected = _memory(config, train_rows, layout, shape, on_cpu=placement.on_cpu)
     loop = trainer.LoopSettings(
         epochs=config.epochs,
         max_steps=config.max_steps,
@@ -233,9 +262,14 @@ def _train(config: TrainConfig, context: Context, split: dict[Split, list[Row]])
         early_stop=config.early_stop,
         patience=config.early_stop_patience,
         threshold=config.early_stop_threshold,
+        report_to=reporters,
+        run_name=f"{config.ckpt_out.name}-{context.timestamp}",
+        save_memory=config.memory_savers,
     )
     fingerprint = _fingerprint(config, source, chat, train_rows, val_rows, layout)
-    resume = _to_resume(config.ckpt_out, fingerprint, context)
+    resume = distributed.from_first(
+        _to_resume(config.ckpt_out, fingerprint, context) if processes.is_first() else None
+    )
     trainable, parameters = model.get_nb_trainable_parameters()
     start = {
         "event": "start",
@@ -248,7 +282,9 @@ def _train(config: TrainConfig, context: Context, split: dict[Split, list[Row]])
         "parameters": parameters,
         "trainable_parameters": trainable,
         "device": placement.device,
+        "processes": processes.count(),
         "layout": asdict(layout),
+        "expected_memory_mib": expected.in_mib() if expected else None,
         "settings": _shaping(config),
     }
     context.print(
@@ -257,8 +293,11 @@ def _train(config: TrainConfig, context: Context, split: dict[Split, list[Row]])
         f"{start['trained_tokens']:,} trained tokens an epoch"
     )
     context.print(str(layout))
+    if expected:
+        context.print(f"memory, as expected: {expected}")
     context.log.info("start %s", json.dumps(start, ensure_ascii=False))
-    points = trainer.Points(context.log_path(".metrics.jsonl"), resume.metrics if resume else [start])
+    metrics = context.log_path(".metrics.jsonl") if processes.is_first() else None
+    points = trainer.Points(metrics, resume.metrics if resume else [start])
     outcome = trainer.train(
         model,
         (train_rows, val_rows),
@@ -269,16 +308,37 @@ def _train(config: TrainConfig, context: Context, split: dict[Split, list[Row]])
         points=points,
         fingerprint=fingerprint,
         resume=resume,
+        hungriest=hungriest,
         progress=lambda total, done: context.progress(total, "steps", done=done),
     )
+    taken = memory.peak_bytes(placement.device) - (held_before if placement.on_cpu else 0)
     ended = {
         "event": "end",
         **{key: value for key, value in asdict(outcome).items() if key != "adapter"},
+        "peak_memory_mib": round(taken / memory.MIB),
     }
     points.add(ended)
     context.log.info("end %s", json.dumps(ended))
-    if _is_first_process():
-        _finish(config, config.ckpt_out, outcome, chat, train_rows, val_rows)
+    if processes.is_first():
+        training = {
+            "base_model": config.student_base,
+            "settings": _shaping(config),
+            "template_fingerprint": chat.fingerprint,
+            "max_len": config.max_len,
+            "train_rows": len(train_rows),
+            "val_rows": len(val_rows),
+            "trained_tokens": start["trained_tokens"],
+            "steps": outcome.steps,
+            "best_step": outcome.best_step,
+            "best_eval_loss": outcome.best_eval_loss,
+            "first_eval_loss": outcome.first_eval_loss,
+            "stopped_early": outcome.stopped_early,
+            "train_spots": sorted({one.row.spot for one in train_rows if one.row.spot is not None}),
+            "train_ids_without_spot": sorted({one.row.id for one in train_rows if one.row.spot is None}),
+        }
+        adapter.finish(config.ckpt_out, outcome.adapter, chat, config.student_base, training)
+        if not config.keep_checkpoints:
+            remove_checkpoints(config.ckpt_out)
     return Result(
         counts={
             "train_rows": len(train_rows),
@@ -286,13 +346,96 @@ def _train(config: TrainConfig, context: Context, split: dict[Split, list[Row]])
             "steps": outcome.steps,
             "best_step": outcome.best_step,
             "best_eval_loss": outcome.best_eval_loss,
+            "template_fingerprint": chat.fingerprint,
+            "peak_memory_mib": ended["peak_memory_mib"],
         },
         summary=_summary(outcome),
     )
 
 
+def _expected(config: TrainConfig) -> dict[str, Any]:
+    """What `mtgdm plan` says of a run; where the base is not at hand, why nothing is known."""
+    import torch
+
+    from mtgdm.student import base, examples, forecast, memory, packing
+
+    split = examples.read_splits(config.in_, config.val_ratio)
+    try:
+        chat = _chat(config)
+        source = base.locate(config.student_base, config._workspace)
+        shape = memory.shape_of(base.load_config(source, config.student_base), _lora(config).config)
+    except UserError as error:
+        counts = {f"{name}_rows": len(split[name]) for name in ("train", "val")}
+        return {**counts, "tokens_and_memory_are_not_known": str(error)}
+    train, val = (examples.encode_rows(split[name], chat) for name in ("train", "val"))
+    fitting = [example for example in train if example.length <= config.max_len]
+    if not fitting:
+        return {"train_rows": len(train), "rows_longer_than_max_len": len(train)}
+    small = shape is not None and shape.parameters <= CPU_PARAMETERS
+    on_cpu = config.device_mode == "cpu" or (small and not torch.cuda.is_available())
+    padded, packed = _layouts(config, fitting)
+    pack = packing.pays(padded, packed, on_cpu=on_cpu) if config.packing is None else config.packing
+    layout = packed if pack else padded
+    return forecast.forecast(
+        fitting,
+        val,
+        too_long=len(train) - len(fitting),
+        layout=layout,
+        steps=config.max_steps or layout.steps(config.epochs),
+        memory=_memory(config, fitting, layout, shape, on_cpu=on_cpu)[1],
+        shape=shape,
+        on_cpu=on_cpu,
+        tokens_per_s=forecast.earlier_pace(
+            config._workspace / "log",
+            base_model=config.student_base,
+            on_cpu=on_cpu,
+            settings=_shaping(config),
+        ),
+    )
+
+
+def _chat(config: TrainConfig) -> Chat:
+    """The tokenizer of the base with its chat template."""
+    from mtgdm.student import base
+    from mtgdm.student.chat import Chat
+
+    source = base.locate(config.student_base, config._workspace)
+    if base.is_adapter(source):
+        raise UserError(
+            "--student-base is a LoRA adapter, not a model",
+            where=source,
+            hint=f"--student-base {base.base_of(source)}, which it was trained on",
+        )
+    return Chat(base.load_tokenizer(source, config.student_base), config.student_base)
+
+
+def _lora(config: TrainConfig) -> LoraSettings:
+    from mtgdm.student.trainer import LoraSettings
+
+    return LoraSettings(
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        targets="all-linear" if config.lora_targets == ("all-linear",) else list(config.lora_targets),
+        rslora=config.lora_rslora,
+        dora=config.lora_dora,
+    )
+
+
+def _refuse_cpu(config: TrainConfig, placement: Placement, shape: Shape | None) -> None:
+    """Nobody shall wait for days on a CPU because a driver is missing."""
+    if not placement.on_cpu or config.device_mode == "cpu" or config.allow_cpu:
+        return
+    if shape is not None and shape.parameters > CPU_PARAMETERS:
+        raise UserError(
+            f"PyTorch sees no GPU, and {config.student_base} with {shape.parameters / 1e9:.1f} billion parameters "
+            "would be trained on the CPU",
+            hint="`nvidia-smi` and `mtgdm doctor` tell why no GPU is seen; --allow-cpu trains all the same",
+        )
+
+
 def _examples(
-    config: TrainConfig, context: Context, split: dict[Split, list[Row]], chat: Chat
+    config: TrainConfig, context: Context, split: Mapping[Split, Sequence[Row]], chat: Chat
 ) -> tuple[list[Example], list[Example]]:
     """What is trained and checked on, guarded, measured and shown in the log (or on the terminal)."""
     from mtgdm.student import examples
@@ -330,11 +473,13 @@ def _layouts(config: TrainConfig, train: Sequence[Example]) -> tuple[Layout, Lay
     from mtgdm.student import packing
 
     lengths = [example.length for example in train]
-    batch, grad_accum, seed = config.batch, config.grad_accum, config.seed
-    return (
-        packing.padded(lengths, batch=batch, grad_accum=grad_accum, seed=seed),
-        packing.packed(lengths, batch=batch, grad_accum=grad_accum, max_len=config.max_len, seed=seed),
-    )
+    shared: dict[str, int] = {
+        "batch": config.batch,
+        "grad_accum": config.grad_accum,
+        "seed": config.seed,
+        "processes": processes.count(),
+    }
+    return packing.padded(lengths, **shared), packing.packed(lengths, max_len=config.max_len, **shared)
 
 
 def _layout(
@@ -365,10 +510,62 @@ def _layout(
     return padded
 
 
+def _memory(
+    config: TrainConfig, train: Sequence[Example], layout: Layout, shape: Shape | None, *, on_cpu: bool
+) -> tuple[list[Item], Memory | None]:
+    """The batch that asks for most memory, and what the run is expected to take; None for an unknown architecture."""
+    from mtgdm.student import packing
+    from mtgdm.student.memory import Demand
+
+    narrow = config.precision != "float32" and not on_cpu
+    demand = Demand(
+        width=2 if narrow or (on_cpu and config.precision == "bfloat16") else 4,
+        weight_bytes=2 if narrow else 4,
+        four_bit=config.load_in_4bit,
+        checkpointing=config.gradient_checkpointing,
+        mask=0 if config.lora_dropout == 0 else 4 if on_cpu else 1,
+        processes=layout.processes,
+    )
+
+    def cost(positions: int, trained: int) -> int:
+        return positions if shape is None else sum(demand.of_batch(shape, positions, trained))
+
+    lengths = [example.length for example in train]
+    trained = [example.tokens.trained for example in train]
+    batch = packing.hungriest(lengths, trained, layout, config.seed, cost)
+    if shape is None:
+        return batch, None
+    positions = len(batch) * max(sum(lengths[row] for row in item) for item in batch)
+    return batch, demand.estimate(shape, positions, sum(trained[row] for item in batch for row in item))
+
+
 def _shaping(config: TrainConfig) -> dict[str, Any]:
     """The settings that shape the result."""
-    skipped = {"in_", "ckpt_out", "save_steps", "logging_steps", "keep_checkpoints", "preview"}
+    skipped = {
+        "in_",
+        "ckpt_out",
+        "save_steps",
+        "logging_steps",
+        "keep_checkpoints",
+        "preview",
+        "allow_cpu",
+        "report_to",
+    }
     return config.model_dump(mode="json", exclude=skipped)
+
+
+_ABOUT_THE_RUN = {
+    "in_",
+    "ckpt_out",
+    "save_steps",
+    "logging_steps",
+    "keep_checkpoints",
+    "preview",
+    "allow_cpu",
+    "report_to",
+}
+_HOW_NOT_WHAT = {"batch", "grad_accum", "packing", "gradient_checkpointing", "attention", "device_mode"}
+"""Settings that say how a step is computed: which rows it takes stands in the layout."""
 
 
 def _fingerprint(
@@ -382,15 +579,15 @@ def _fingerprint(
     """One hash over everything a resumed run must share with the one that was interrupted."""
     folder = Path(source)
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    settings = {key: value for key, value in _shaping(config).items() if key not in _HOW_NOT_WHAT}
     return settings_digest(
         {
-            "settings": _shaping(config),
-            "layout": asdict(layout),
+            "settings": settings,
+            "step": [layout.bin_tokens, layout.items_a_step],
             "base": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
             "template": chat.fingerprint,
             "train": [settings_digest({"messages": example.row.messages}) for example in train],
             "val": [settings_digest({"messages": example.row.messages}) for example in val],
-            "processes": os.environ.get("WORLD_SIZE", "1"),
         }
     )
 
@@ -410,71 +607,6 @@ def _to_resume(folder: Path, fingerprint: str, context: Context) -> WholeCheckpo
         f"going on from step {newest.mark.step:,} of {newest.mark.total_steps:,} ({newest.path.name})"
     )
     return newest
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-# --- the end -------------------------------------------------------------------------------------
-
-
-def _finish(
-    config: TrainConfig,
-    folder: Path,
-    outcome: Outcome,
-    chat: Chat,
-    train: Sequence[Example],
-    val: Sequence[Example],
-) -> None:
-    """Put the finished adapter into its folder, then remove what only a resumed run needs.
-
-    Everything is made beside first. `adapter_config.json` goes first and comes last: while it is
-    missing, the folder is no adapter to anybody.
-    """
-    beside = folder / "checkpoint-final"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    adapter = json.loads((outcome.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    # PEFT writes the place where the base lay on this machine; the name is what others can use.
-    adapter["base_model_name_or_path"] = config.student_base
-    # A set, whose order differs from process to process: the same training shall make the same file.
-    adapter["target_modules"] = sorted(adapter["target_modules"])
-    shutil.copyfile(outcome.adapter / "adapter_model.safetensors", beside / "adapter_model.safetensors")
-    chat.tokenizer.save_pretrained(str(beside))
-    training = {
-        "base_model": config.student_base,
-        "settings": _shaping(config),
-        "template_fingerprint": chat.fingerprint,
-        "max_len": config.max_len,
-        "train_rows": len(train),
-        "val_rows": len(val),
-        "trained_tokens": sum(example.tokens.trained for example in train),
-        "steps": outcome.steps,
-        "best_step": outcome.best_step,
-        "best_eval_loss": outcome.best_eval_loss,
-        "first_eval_loss": outcome.first_eval_loss,
-        "stopped_early": outcome.stopped_early,
-        "train_spots": sorted({example.row.spot for example in train if example.row.spot is not None}),
-        "train_ids_without_spot": sorted({example.row.id for example in train if example.row.spot is None}),
-    }
-    _write_json(beside / "training.json", training)
-    _write_json(beside / "adapter_config.json", adapter)
-    rows.manifest_path(folder).unlink(missing_ok=True)
-    last = "adapter_config.json"
-    (folder / last).unlink(missing_ok=True)
-    made = {path.name for path in beside.iterdir()}
-    for name in [*sorted(made - {last}), last]:
-        (beside / name).replace(folder / name)
-    rows.sync_folder(folder)
-    beside.rmdir()
-    if not config.keep_checkpoints:
-        remove_checkpoints(folder)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _summary(outcome: Outcome) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,25 +17,26 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from mtgdm import processes
+from mtgdm.checkpoints import hub_id
 from mtgdm.errors import SettingError, UserError
 from mtgdm.student.installed import require
 
 DeviceMode = Literal["cuda0", "auto", "cpu"]
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 ComputeDtype = Literal["bfloat16", "float16", "float32"]
 
 TINY = "mtgdm-tiny"
 """The name of the base model that ships with mtgdm."""
 
 _LFS = b"version https://git-lfs"
-_HUB_URL = re.compile(r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/")
-_SAVE_MEMORY = (
-    "--gradient-checkpointing, --batch 1 (and more --grad-accum), --load-in-4bit, a smaller --max-len"
-)
+_SAVE_MEMORY = "--load-in-4bit, or a smaller model"
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,34 @@ class Placement:
 
 
 def place(mode: DeviceMode, precision: Precision = "auto") -> Placement:
-    """The device of a mode, and the dtypes that suit it: bfloat16 on a GPU, float32 on a CPU."""
+    """The device of a mode, and the dtypes that suit it: bfloat16 on a GPU, float32 on a CPU.
+
+    Of several processes each has a GPU of its own.
+    """
     if mode == "cuda0" and not torch.cuda.is_available():
         raise UserError(
             "--device-mode cuda0 needs a CUDA GPU, and PyTorch sees none here",
             hint="--device-mode cpu, or auto; `nvidia-smi` and a CUDA build of torch tell why none is seen",
         )
     if mode == "cpu" or not torch.cuda.is_available():
+        if precision == "float16":
+            raise UserError("--precision float16 needs a GPU", hint="--precision bfloat16, or float32")
         narrow = precision == "bfloat16" and _multiplies_bfloat16()
         return Placement("cpu", torch.float32, torch.bfloat16 if narrow else None)
-    device = "cuda:0" if mode == "cuda0" or torch.cuda.device_count() == 1 else "auto"
+    if processes.count() > 1:
+        if processes.local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"process {processes.local_rank()} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}",
+                hint="as many processes as GPUs: torchrun --nproc-per-node gpu",
+            )
+        device = f"cuda:{processes.local_rank()}"
+    else:
+        device = "cuda:0" if mode == "cuda0" or torch.cuda.device_count() == 1 else "auto"
     if precision == "float32":
         return Placement(device, torch.float32, None)
-    half = torch.bfloat16 if precision == "bfloat16" or torch.cuda.is_bf16_supported() else torch.float16
+    wide = precision == "bfloat16" or (precision == "auto" and torch.cuda.is_bf16_supported())
+    half = torch.bfloat16 if wide else torch.float16
     return Placement(device, half, half)
 
 
@@ -90,10 +106,10 @@ def locate(name: str, workspace: Path) -> str:
     folder = workspace / Path(name).expanduser()
     if folder.is_dir():
         return str(folder)
-    hub_id = _HUB_URL.sub("", name.strip()).strip("/")
-    if name.startswith((".", "/", "~")) or "\\" in name or hub_id.count("/") > 1:
+    found = hub_id(name)
+    if name.startswith((".", "/", "~")) or found.count("/") > 1 or Path(name).is_absolute():
         raise UserError("there is no such model folder", where=folder)
-    return hub_id
+    return found
 
 
 def is_adapter(source: str) -> bool:
@@ -159,6 +175,7 @@ def load_model(
     *,
     load_in_4bit: bool = False,
     compute_dtype: ComputeDtype = "bfloat16",
+    attention: Attention = "auto",
 ) -> PreTrainedModel:
     """A causal language model on its device, in 4-bit NF4 with double quantisation where asked."""
     if is_adapter(source):
@@ -169,6 +186,8 @@ def load_model(
         )
     check_folder(source)
     options: dict[str, Any] = {"dtype": placement.weights, "device_map": _device_map(placement)}
+    if attention != "auto":
+        options["attn_implementation"] = attention
     if load_in_4bit:
         require("bitsandbytes")
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
@@ -176,6 +195,8 @@ def load_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
+            # FSDP cuts up only what all has one dtype.
+            bnb_4bit_quant_storage=getattr(torch, compute_dtype) if _is_sharded() else torch.uint8,
         )
     with _readable_errors(source, name), memory_errors():
         AutoConfig.from_pretrained(source)
@@ -188,18 +209,36 @@ def load_model(
     return model
 
 
+def load_config(source: str, name: str) -> PretrainedConfig:
+    """The architecture of a model, without its weights."""
+    check_folder(source)
+    with _readable_errors(source, name):
+        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    return config
+
+
+def _is_sharded() -> bool:
+    """Whether `accelerate launch` will spread the model over the processes by FSDP or DeepSpeed."""
+    return "true" in (
+        os.environ.get("ACCELERATE_USE_FSDP", "").lower(),
+        os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower(),
+    )
+
+
 def _device_map(placement: Placement) -> Any:
+    if _is_sharded():
+        return None
     return "auto" if placement.device == "auto" else {"": placement.device}
 
 
 @contextmanager
-def memory_errors(hint: str = _SAVE_MEMORY) -> Iterator[None]:
+def memory_errors(hint: str = _SAVE_MEMORY, *, doing: str = "out of memory") -> Iterator[None]:
     """Say which settings to change, the cheapest first, where memory runs out."""
     try:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
-            raise UserError(f"out of memory: {_first_line(error)}", hint=hint) from error
+            raise UserError(f"{doing}: {_first_line(error)}", hint=hint) from error
         raise
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, median
 from typing import Literal
 
 from mtgdm.errors import UserError
-from mtgdm.rows import Row
+from mtgdm.rows import Row, Split, read_rows, split_of
 from mtgdm.student.chat import IGNORED, Chat, ChatProblem, Encoded
 
 TooLong = Literal["error", "drop", "truncate"]
@@ -36,6 +37,40 @@ class Fitted:
     examples: list[Example]
     dropped: int = 0
     truncated: int = 0
+
+
+def read_splits(path: Path, val_ratio: float) -> dict[Split, list[Row]]:
+    """The rows by split; a spot in two splits, an empty file and a file without `train` stop the run."""
+    found: dict[Split, list[Row]] = {"train": [], "val": [], "test": []}
+    of_spot: dict[str, set[Split]] = {}
+    for row in read_rows(path, answered=True):
+        split = _split_of(row, val_ratio)
+        found[split].append(row)
+        if row.spot is not None:
+            of_spot.setdefault(row.spot, set()).add(split)
+    both = sorted(spot for spot, splits in of_spot.items() if len(splits) > 1)
+    if both:
+        raise UserError(
+            f"{len(both):,} spots stand in more than one split, so what is checked would have been trained on: "
+            f"{'、'.join(both[:3])}{' …' if len(both) > 3 else ''}",
+            where=path,
+            hint="the split hangs on the spot: make the prompts again with `mtgdm prompts`",
+        )
+    if not any(found.values()):
+        raise UserError("there are no rows", where=path, hint="run `mtgdm teacher` first")
+    if not found["train"]:
+        raise UserError(
+            f"none of the {sum(map(len, found.values())):,} rows is in the split `train`",
+            where=path,
+            hint="more spots, or smaller ratios for val and test in `mtgdm prompts`",
+        )
+    return found
+
+
+def _split_of(row: Row, val_ratio: float) -> Split:
+    if row.meta.get("split") in ("train", "val", "test"):
+        return row.split
+    return split_of(row.spot or row.id, val_ratio=val_ratio)
 
 
 def encode_rows(rows: Sequence[Row], chat: Chat) -> list[Example]:

@@ -8,11 +8,15 @@ from mtgdm.errors import UserError
 
 TRAINING = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
-_EXTRA = 'pip install "mtgdm[train]"'
+INSTALL = 'pip install "mtgdm[train]"'
+
+
+def missing(*modules: str) -> list[str]:
+    """Those that are not installed."""
+    return [module for module in modules if find_spec(module) is None]
 
 
 def require(*modules: str) -> None:
     """UserError with the command that installs what is missing."""
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} not installed, and this needs it", hint=_EXTRA)
+    if lacking := missing(*modules):
+        raise UserError(f"{' and '.join(lacking)} not installed, and this needs it", hint=INSTALL)

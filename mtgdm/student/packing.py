@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -15,8 +15,11 @@ from mtgdm.student.base import Placement
 from mtgdm.student.chat import IGNORED
 from mtgdm.student.examples import Example
 
+ALIKE = 8
+"""So many rows of like length follow one another: most of the padding goes, a step of more holds several kinds."""
+
 LENGTH_GROUPS = 16
-"""So many batches' rows are sorted by length together: most of the padding goes, the order stays mixed."""
+"""So many of those groups are sorted by length together, so that the order stays mixed."""
 
 BIN_TOKENS = 2048
 """Longest bin, unless a row is longer: attention costs the square of it, and longer ones fill little better."""
@@ -27,7 +30,7 @@ LONGEST_PAYING = 4096
 
 @dataclass(frozen=True)
 class Layout:
-    """Batches of an epoch on one device: `batch` items at once, `grad_accum` batches to a step.
+    """How an epoch is cut into steps, and a step into what a device computes at once.
 
     An item is a row where `bin_tokens` is 0, else a bin of at most so many tokens.
     """
@@ -35,50 +38,82 @@ class Layout:
     rows: int
     items: int
     bin_tokens: int
+    items_a_step: int
+    """Items whose gradient one optimizer step takes, over all processes."""
     batch: int
-    grad_accum: int
+    """Most items a process computes at once."""
+    processes: int
     padding: float
     """Share of the computed positions that hold no token, in the first epoch."""
 
+    @property
+    def grad_accum(self) -> int:
+        """Batches of a process to a step."""
+        return math.ceil(self.items_a_step / (self.batch * self.processes))
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(self.items / self.items_a_step)
+
+    def steps(self, epochs: float) -> int:
+        """Optimizer steps of so many epochs."""
+        return max(1, math.ceil(epochs * self.steps_an_epoch))
+
+    @property
+    def rows_a_step(self) -> float:
+        """Rows whose gradient one optimizer step takes, on average."""
+        return self.items_a_step * self.rows / self.items
+
     def __str__(self) -> str:
         share = f"{self.padding:.0%} padding".replace("%", " %")
+        shared = f" on each of {self.processes} processes" if self.processes > 1 else ""
         if not self.bin_tokens:
-            return f"{self.rows:,} rows, {self.batch:,} of like length to a batch, {share}"
-        bins = self.batch * self.grad_accum
+            return f"{self.rows:,} rows, {self.batch:,} of like length to a batch{shared}, {share}"
         return (
             f"packed: {self.rows:,} rows in {self.items:,} bins of {self.bin_tokens:,} tokens, {share}; a step takes "
-            f"{bins:,} bins, about {bins * self.rows / self.items:,.0f} rows"
+            f"{self.items_a_step:,} bins, about {self.rows_a_step:,.0f} rows, {self.batch:,} to a batch{shared}"
         )
 
 
-def padded(lengths: Sequence[int], *, batch: int, grad_accum: int, seed: int) -> Layout:
+def padded(lengths: Sequence[int], *, batch: int, grad_accum: int, seed: int, processes: int = 1) -> Layout:
     """Rows of like length in one batch."""
-    order = [lengths[row] for row in LengthGrouped(lengths, batch, seed)]
-    return Layout(len(lengths), len(lengths), 0, batch, grad_accum, _padding(order, batch))
+    return _measured(lengths, len(lengths), 0, batch * grad_accum * processes, batch, processes, seed)
 
 
-def packed(lengths: Sequence[int], *, batch: int, grad_accum: int, max_len: int, seed: int) -> Layout:
-    """Rows in bins, as many to a step as `batch` x `grad_accum` names, or as near as whole bins come.
+def packed(
+    lengths: Sequence[int], *, batch: int, grad_accum: int, max_len: int, seed: int, processes: int = 1
+) -> Layout:
+    """Rows in bins, as many to a step as without packing, or as near as whole bins come.
 
     So learning rate, warm-up, `eval_steps` and `max_steps` mean what they mean without packing. At most
     `batch` bins are computed at once: no more positions than `batch` rows of `max_len`.
     """
-    rows_a_step = batch * grad_accum
-    tokens = sum(lengths)
-    tokens_a_step = math.ceil(rows_a_step * tokens / len(lengths))
+    rows_a_step = batch * grad_accum * processes
+    tokens_a_step = math.ceil(rows_a_step * sum(lengths) / len(lengths))
     bin_tokens = min(max_len, max(max(lengths), min(BIN_TOKENS, tokens_a_step)))
-    order = [sum(lengths[row] for row in found) for found in Packed(lengths, bin_tokens, seed)]
-    bins = len(order)
-    wanted = rows_a_step * bins / len(lengths)
-    ways = [(at_once, max(1, round(wanted / at_once))) for at_once in range(1, batch + 1)]
-    at_once, times = min(ways, key=lambda way: (abs(way[0] * way[1] - wanted), -way[0]))
-    return Layout(len(lengths), bins, bin_tokens, at_once, times, _padding(order, at_once))
+    bins = len(best_fit(lengths, bin_tokens))
+    bins_a_step = max(1, round(rows_a_step * bins / len(lengths)))
+    return _measured(lengths, bins, bin_tokens, bins_a_step, min(batch, bins_a_step), processes, seed)
 
 
-def _padding(order: Sequence[int], batch: int) -> float:
-    """Share of padding where items of these lengths are taken by the batch, each padded to its longest."""
-    taken = (order[start : start + batch] for start in range(0, len(order), batch))
-    return 1 - sum(order) / sum(len(lengths) * max(lengths) for lengths in taken)
+def _measured(
+    lengths: Sequence[int],
+    items: int,
+    bin_tokens: int,
+    items_a_step: int,
+    batch: int,
+    processes: int,
+    seed: int,
+) -> Layout:
+    """The layout with the padding of its first epoch."""
+    layout = Layout(len(lengths), items, bin_tokens, items_a_step, batch, processes, 0.0)
+    computed = sum(
+        len(items) * max(sum(lengths[row] for row in item) for item in items)
+        for rank in range(processes)
+        for items in Batches(lengths, layout, seed, rank)
+    )
+    return replace(layout, padding=1 - sum(lengths) / computed)
 
 
 def pays(padded: Layout, packed: Layout, *, on_cpu: bool) -> bool:
@@ -125,18 +160,23 @@ def best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int] | None 
 
 # --- the order of an epoch -----------------------------------------------------------------------
 
+Item = list[int]
+"""Numbers of the rows computed in one line of a batch: one, those of a bin, or none where there is nothing left."""
 
-class LengthGrouped(Sampler[int]):
-    """Row numbers in an order that puts rows of like length into one batch.
 
-    The order of an epoch hangs on the seed and the epoch alone, so a resumed run finds the place where
-    it was; transformers' own sampler draws it from the global random state, and would not.
+class Batches(Sampler[list[Item]]):
+    """What one process computes at once, batch after batch of an epoch; every row comes once an epoch.
+
+    Which rows a step takes hangs on the lengths, the seed, the epoch and the items a step alone: two batches
+    of 4, one of 8, or two processes with one of 4 each train the same. So a resumed run finds its place, and
+    one that ran out of memory can go on with smaller batches.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], layout: Layout, seed: int, rank: int = 0) -> None:
         self._lengths = lengths
-        self._batch = batch
+        self._layout = layout
         self._seed = seed
+        self._rank = rank
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -144,58 +184,61 @@ class LengthGrouped(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        steps, rest = divmod(self._layout.items, self._layout.items_a_step)
+        at_once = self._layout.batch * self._layout.processes
+        return steps * self._layout.grad_accum + math.ceil(rest / at_once)
 
-    def __iter__(self) -> Iterator[int]:
-        generator = _generator(self._seed, self._epoch)
+    def __iter__(self) -> Iterator[list[Item]]:
+        batch, processes = self._layout.batch, self._layout.processes
+        items = self._items()
+        for start in range(0, len(items), self._layout.items_a_step):
+            step = sorted(items[start : start + self._layout.items_a_step], key=self._tokens, reverse=True)
+            batches = [step[place : place + batch] for place in range(0, len(step), batch)]
+            # All processes compute equally often: where rows run short, one computes nothing but padding.
+            batches += [[[]]] * (-len(batches) % processes)
+            yield from batches[self._rank :: processes]
+
+    def _items(self) -> list[Item]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         shuffled = torch.randperm(len(self._lengths), generator=generator).tolist()
-        group = self._batch * LENGTH_GROUPS
+        if self._layout.bin_tokens:
+            bins = best_fit(self._lengths, self._layout.bin_tokens, shuffled)
+            return [bins[place] for place in torch.randperm(len(bins), generator=generator).tolist()]
+        return [[row] for row in self._grouped(shuffled, generator)]
+
+    def _grouped(self, shuffled: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+        """The rows with those of like length behind one another."""
+        alike = min(ALIKE, self._layout.items_a_step)
+        window = alike * LENGTH_GROUPS
         ordered: list[int] = []
-        for start in range(0, len(shuffled), group):
-            ordered += sorted(shuffled[start : start + group], key=lambda row: -self._lengths[row])
-        batches = [ordered[start : start + self._batch] for start in range(0, len(ordered), self._batch)]
-        # A short batch stays last: the loader cuts the order into batches by counting.
-        short = [batches.pop()] if len(batches[-1]) < self._batch else []
-        for place in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[place]
-        for batch in short:
-            yield from batch
+        for start in range(0, len(shuffled), window):
+            ordered += sorted(shuffled[start : start + window], key=lambda row: -self._lengths[row])
+        groups = [ordered[start : start + alike] for start in range(0, len(ordered), alike)]
+        short = [groups.pop()] if len(groups[-1]) < alike else []
+        for place in torch.randperm(len(groups), generator=generator).tolist():
+            yield from groups[place]
+        for group in short:
+            yield from group
+
+    def _tokens(self, item: Item) -> int:
+        return sum(self._lengths[row] for row in item)
 
 
-class Packed(Sampler[list[int]]):
-    """Bins as lists of row numbers: every row once an epoch, packed and shuffled anew by seed and epoch."""
+def hungriest(
+    lengths: Sequence[int], trained: Sequence[int], layout: Layout, seed: int, cost: Callable[[int, int], int]
+) -> list[Item]:
+    """The batch of the first epoch, over all processes, that costs most by its positions and its trained tokens."""
 
-    def __init__(self, lengths: Sequence[int], bin_tokens: int, seed: int) -> None:
-        self._lengths = lengths
-        self._bin_tokens = bin_tokens
-        self._seed = seed
-        self._epoch = 0
+    def cost_of(batch: Sequence[Item]) -> int:
+        width = max(sum(lengths[row] for row in item) for item in batch)
+        return cost(len(batch) * width, sum(trained[row] for item in batch for row in item))
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the loop before each epoch."""
-        self._epoch = epoch
-
-    @cached_property
-    def _bins(self) -> int:
-        return len(best_fit(self._lengths, self._bin_tokens))
-
-    def __len__(self) -> int:
-        return self._bins
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = _generator(self._seed, self._epoch)
-        shuffled = torch.randperm(len(self._lengths), generator=generator).tolist()
-        bins = best_fit(self._lengths, self._bin_tokens, shuffled)
-        for place in torch.randperm(len(bins), generator=generator).tolist():
-            yield bins[place]
+    found = [batch for rank in range(layout.processes) for batch in Batches(lengths, layout, seed, rank)]
+    return max(found, key=cost_of)
 
 
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-
-
-class Bins(Dataset[list[Example]]):
-    """The rows, taken by the bin."""
+class Rows(Dataset[list[Example]]):
+    """The rows, taken by the item."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples
@@ -203,37 +246,28 @@ class Bins(Dataset[list[Example]]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, rows: list[int]) -> list[Example]:
-        return [self._examples[row] for row in rows]
+    def __getitem__(self, item: Item) -> list[Example]:
+        return [self._examples[row] for row in item]
 
 
 # --- tensors -------------------------------------------------------------------------------------
 
 
-def collate(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
-    """Rows padded on the right: causal attention never looks there, so no attention mask is needed."""
-    width = max(example.length for example in examples)
-    ids = torch.full((len(examples), width), pad, dtype=torch.long)
-    labels = torch.full((len(examples), width), IGNORED, dtype=torch.long)
-    for place, example in enumerate(examples):
-        ids[place, : example.length] = torch.tensor(example.tokens.ids)
-        labels[place, : example.length] = torch.tensor(example.tokens.labels)
-    return {"input_ids": ids, "labels": labels}
+def collate(items: Sequence[Sequence[Example]], pad: int, *, packed: bool) -> dict[str, Any]:
+    """A batch of shape (items, tokens): the rows of an item one behind the other, padding at its end.
 
-
-def collate_bins(bins: Sequence[Sequence[Example]], pad: int) -> dict[str, torch.Tensor]:
-    """Bins stacked, each of shape (tokens,) with its rows one behind the other and padding at its end.
-
-    `position_ids` start at 0 with every row and with the padding. From them alone transformers makes the
-    attention block-diagonal, but only without an attention mask and without a cache.
+    Causal attention never looks to the right, so padding needs no mask. `position_ids`, where `packed`, start
+    at 0 with every row and with the padding: from them alone transformers makes the attention block-diagonal,
+    but only without an attention mask and without a cache. `trained` are the places, counted through the whole
+    batch, whose logits guess the `targets`: found here, on the CPU, since a GPU would have to stop for them.
     """
-    width = max(sum(example.length for example in rows) for rows in bins)
-    ids = torch.full((len(bins), width), pad, dtype=torch.long)
-    labels = torch.full((len(bins), width), IGNORED, dtype=torch.long)
-    positions = torch.zeros((len(bins), width), dtype=torch.long)
-    for place, rows in enumerate(bins):
+    width = max(1, *(sum(example.length for example in item) for item in items))
+    ids = torch.full((len(items), width), pad, dtype=torch.long)
+    labels = torch.full((len(items), width), IGNORED, dtype=torch.long)
+    positions = torch.zeros((len(items), width), dtype=torch.long)
+    for place, item in enumerate(items):
         start = 0
-        for example in rows:
+        for example in item:
             end = start + example.length
             ids[place, start:end] = torch.tensor(example.tokens.ids)
             # The first token of a row would be guessed from the row before it.
@@ -241,7 +275,17 @@ def collate_bins(bins: Sequence[Sequence[Example]], pad: int) -> dict[str, torch
             positions[place, start:end] = torch.arange(example.length)
             start = end
         positions[place, start:] = torch.arange(width - start)
-    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+    guessed = torch.full_like(labels, IGNORED)
+    guessed[:, :-1] = labels[:, 1:]
+    trained = (guessed.flatten() != IGNORED).nonzero().squeeze(1)
+    batch = {
+        "input_ids": ids,
+        "labels": labels,
+        "trained": trained,
+        "targets": guessed.flatten()[trained],
+        "tokens": sum(example.length for item in items for example in item),
+    }
+    return {**batch, "position_ids": positions} if packed else batch
 
 
 # --- whether a model can -------------------------------------------------------------------------

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
-from mtgdm.errors import UserError
+from mtgdm.errors import SettingError, UserError, nearest
+from mtgdm.student import distributed
 from mtgdm.student.base import Placement, memory_errors
-from mtgdm.student.chat import IGNORED
 from mtgdm.student.examples import Example
-from mtgdm.student.packing import Bins, Layout, LengthGrouped, Packed, collate, collate_bins
+from mtgdm.student.memory import MIB, peak_bytes
+from mtgdm.student.packing import Batches, Item, Layout, Rows, collate
 from mtgdm.student.resume import Mark, WholeCheckpoint, write_mark
 
 if TYPE_CHECKING:
     from mtgdm.terminal import Progress
 
-EVAL_TOKENS = 16_384
-"""Positions of a batch while the loss on `val` is measured."""
+EVAL_POSITIONS = 16_384
+"""Most positions of a batch while the loss on `val` is measured."""
+EVAL_ROOM = 4
+"""So many times the positions of a training batch find room in one that keeps nothing for a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,23 @@ class LoraSettings:
     alpha: int
     dropout: float
     targets: str | list[str]
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), which keeps high ranks learning (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Train the length of each weight's columns apart from their direction (Liu et al. 2024)."""
+
+    @property
+    def config(self) -> LoraConfig:
+        """The same as PEFT takes it."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            task_type="CAUSAL_LM",
+        )
 
 
 @dataclass(frozen=True)
@@ -59,6 +83,10 @@ class LoopSettings:
     early_stop: bool
     patience: int
     threshold: float
+    report_to: tuple[str, ...] = ()
+    run_name: str = ""
+    save_memory: str = ""
+    """What to do where memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +103,25 @@ class Outcome:
 
 
 class Points:
-    """The metrics file of a run: one JSON object a line, kept in memory too for the checkpoints."""
+    """The metrics file of a run: one JSON object a line, kept in memory too for the checkpoints.
 
-    def __init__(self, path: Path, earlier: Sequence[dict[str, Any]] = ()) -> None:
+    Without a path, as in all processes but the first, it is kept in memory alone.
+    """
+
+    def __init__(self, path: Path | None, earlier: Sequence[dict[str, Any]] = ()) -> None:
         """`earlier` are the points of the same run before it was interrupted."""
         self.path = path
         self.points: list[dict[str, Any]] = []
-        path.write_bytes(b"")
+        if path is not None:
+            path.write_bytes(b"")
         for point in earlier:
             self.add(point)
 
     def add(self, point: dict[str, Any]) -> None:
         """Write a point."""
         self.points.append(point)
+        if self.path is None:
+            return
         with self.path.open("ab") as file:
             file.write(json.dumps(point, ensure_ascii=False).encode("utf-8") + b"\n")
 
@@ -98,21 +132,14 @@ class Points:
 def with_adapter(model: PreTrainedModel, lora: LoraSettings, *, checkpointing: bool, seed: int) -> PeftModel:
     """The model with a fresh LoRA adapter, the only part that is trained."""
     set_seed(seed)
-    if getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+    # PEFT's own preparation of a 4-bit model would hold its embeddings and its output layer in float32, and with
+    # them all that flows from layer to layer: gigabytes for a large vocabulary, where LoRA without 4-bit does not.
     if checkpointing:
         # The embeddings are frozen: without this no gradient would reach a checkpointed layer.
         model.enable_input_require_grads()  # type: ignore[no-untyped-call]
     model.config.use_cache = False
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-        task_type="CAUSAL_LM",
-    )
     try:
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, lora.config)
     except ValueError as error:
         raise UserError(f"no adapter can be put on this model: {error}") from error
     assert isinstance(adapted, PeftModel)
@@ -132,14 +159,16 @@ class StudentTrainer(Trainer):
         train: list[Example],
         val: list[Example],
         pad: int,
-        bin_tokens: int = 0,
+        layout: Layout,
+        hungriest: Sequence[Item],
     ) -> None:
-        """`bin_tokens` packs the rows of `train` into bins of so many tokens; with 0 they are padded."""
+        """`layout` says how the rows of `train` lie in batches; none of `val` takes more memory than `hungriest`."""
+        self._collate = partial(collate, pad=pad, packed=bool(layout.bin_tokens))
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda items: (collate_bins if bin_tokens else collate)(items, pad),
-            train_dataset=Bins(train) if bin_tokens else train,
+            data_collator=self._collate,
+            train_dataset=Rows(train),
             eval_dataset=val or None,
         )
         self.remove_callback(PrinterCallback)
@@ -147,12 +176,18 @@ class StudentTrainer(Trainer):
         self.tokens = 0
         """Tokens of the steps so far, padding left out, in this process."""
         self.trained_tokens = 0
-        self._adapted = model
+        self.batches = Batches([example.length for example in train], layout, args.seed, args.process_index)
         self._pad = pad
-        self._lengths = [example.length for example in train]
-        self._bin_tokens = bin_tokens
-        self._val = sorted(val, key=lambda example: -example.length)
-        self._wanted: torch.Tensor | None = None
+        largest = self._collate([Rows(train)[item] for item in hungriest])
+        self._val_batches = list(
+            _batches(
+                sorted(val, key=lambda example: -example.length),
+                positions=min(EVAL_POSITIONS, EVAL_ROOM * largest["input_ids"].numel()),
+                trained=largest["trained"].numel(),
+            )
+        )
+        self._step_loss: torch.Tensor | None = None
+        self._trained: torch.Tensor | None = None
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(self._at_trained_positions)
@@ -163,27 +198,23 @@ class StudentTrainer(Trainer):
         Exact, and on rows that are mostly prompt the largest matrix product of a small model shrinks
         to a third. A hook rather than a call of the inner model, so that DDP and FSDP see a forward.
         """
-        if self._wanted is None:
+        if self._trained is None:
             return None
-        return (inputs[0][self._wanted], *inputs[1:])
+        hidden = inputs[0].flatten(0, 1)
+        return (hidden[self._trained.to(hidden.device)], *inputs[1:])
 
-    def summed_loss(
-        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, int]:
+    def summed_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
         """The loss summed over the trained tokens of a batch, and their number."""
-        labels = inputs["labels"]
-        wanted = torch.zeros_like(labels, dtype=torch.bool)
-        wanted[:, :-1] = labels[:, 1:] != IGNORED
-        targets = labels[:, 1:][wanted[:, :-1]]
-        self._wanted = wanted
+        self._trained = inputs["trained"]
         # Neither an attention mask nor a cache: with one of them position_ids no longer keep packed rows apart.
         read = {name: inputs[name] for name in ("input_ids", "position_ids") if name in inputs}
         try:
             logits = model(**read, use_cache=False).logits
         finally:
-            self._wanted = None
+            self._trained = None
         if logits.dim() == 3:  # a model whose output layer the hook could not reach
-            logits = logits[wanted]
+            logits = logits.flatten(0, 1)[inputs["trained"].to(logits.device)]
+        targets = inputs["targets"].to(logits.device)
         return cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
 
     def compute_loss(
@@ -204,27 +235,63 @@ class StudentTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One batch forward and backward; a loss that is no number stops the run here."""
-        self.tokens += int((inputs["input_ids"] != self._pad).sum())
+        """One batch forward and backward."""
+        self.tokens += inputs["tokens"]
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(float(loss)):
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        return loss
+
+    def check_step_loss(self) -> None:
+        """UserError where the loss of the step is no number; asked once a step, since a GPU has to stop for it."""
+        loss, self._step_loss = self._step_loss, None
+        if loss is not None and not math.isfinite(float(loss)):
             raise UserError(
                 f"the loss became {float(loss)} at step {self.state.global_step + 1}",
                 hint="lower --lr, or compute in wider numbers: --precision float32, --bnb-compute-dtype bfloat16",
             )
-        return loss
+
+    def try_batch(self, model: torch.nn.Module, items: Sequence[Item]) -> None:
+        """Compute a batch forward and backward and forget it: nothing of it is left but the memory it took.
+
+        The random numbers of dropout go back to where they were. DeepSpeed's backward would take a step.
+        """
+        if self.is_deepspeed_enabled:
+            return
+        batch = self._prepare_inputs(self._collate([self.train_dataset[item] for item in items]))  # type: ignore[index]
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        model.train()
+        with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
+            with self.compute_loss_context_manager():
+                loss, _ = self.summed_loss(model, batch)
+            self.accelerator.backward(loss)
+        model.zero_grad()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches of this process, shared out by `Batches`: accelerate would repeat rows to fill up the last."""
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.batches,
+            collate_fn=self._collate,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss on `val`: the mean over all trained tokens, not the mean of batch means."""
         started = time.monotonic()
-        self._adapted.eval()
+        model = self.model
+        assert model is not None
+        model.eval()
         rank, world = self.args.process_index, self.args.world_size
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for batch in _batches(self._val[rank::world], EVAL_TOKENS):
-            inputs = self._prepare_inputs(collate(batch, self._pad))
+        # All processes compute equally often, or a model spread over them would wait for ever.
+        nothing: list[list[Example]] = [[]] * (-len(self._val_batches) % world)
+        for batch in [*self._val_batches, *nothing][rank::world]:
+            inputs = self._prepare_inputs(
+                collate([[example] for example in batch] or [[]], self._pad, packed=False)
+            )
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss, trained = self.summed_loss(self._adapted, inputs)
-            total += torch.tensor([float(loss), float(trained)], dtype=torch.float64, device=total.device)
+                loss, trained = self.summed_loss(model, inputs)
+            total += torch.stack([loss.double(), loss.new_tensor(trained).double()]).to(total.device)
         if world > 1:
             total = self.accelerator.reduce(total, "sum")
         loss_mean = float(total[0] / total[1])
@@ -235,26 +302,37 @@ class StudentTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def summed(self, *counts: int) -> list[int]:
+        """Counts added up over all processes."""
+        if self.args.world_size == 1:
+            return list(counts)
+        shared = torch.tensor(counts, dtype=torch.int64, device=self.args.device)
+        return [int(value) for value in self.accelerator.reduce(shared, "sum")]
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers walks over all parameters for it at every step."""
         return 0
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped | Packed:
-        if self._bin_tokens:
-            return Packed(self._lengths, self._bin_tokens, self.args.seed)
-        return LengthGrouped(self._lengths, self.args.per_device_train_batch_size, self.args.seed)
 
+def _batches(examples: Sequence[Example], *, positions: int, trained: int) -> Iterator[list[Example]]:
+    """Batches of at most so many positions, padding included, and trained tokens, or of one row that has more.
 
-def _batches(examples: Sequence[Example], positions: int) -> Iterator[list[Example]]:
-    """Batches of at most so many positions, padding included; the rows come sorted, the longest first."""
+    The rows come sorted, the longest first.
+    """
     batch: list[Example] = []
+    logits = 0
     for example in examples:
-        if batch and (len(batch) + 1) * batch[0].length > positions:
+        logits += example.tokens.trained
+        if batch and ((len(batch) + 1) * batch[0].length > positions or logits > trained):
             yield batch
-            batch = []
+            batch, logits = [], example.tokens.trained
         batch.append(example)
     if batch:
         yield batch
+
+
+_SAID = ("loss", "val", "rate", "lr", "memory")
+"""What stands beside the bar; the last goes first where there is no room."""
 
 
 class Watch(TrainerCallback):
@@ -282,9 +360,19 @@ class Watch(TrainerCallback):
         """How long the run has trained, earlier sittings included."""
         return self._before_s + time.monotonic() - self._started
 
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Tell the batches which epoch it is, also that of a resumed run."""
+        self.trainer.batches.set_epoch(state.global_step // self._settings.layout.steps_an_epoch)
+
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock of a step."""
         self._begun = time.monotonic()
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """No step is taken on a loss that is no number."""
+        self.trainer.check_step_loss()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop the clock; the last step is always measured and kept."""
@@ -304,7 +392,10 @@ class Watch(TrainerCallback):
             raise UserError(
                 f"the gradient became {logs['grad_norm']} at step {state.global_step}", hint="lower --lr"
             )
-        tokens, trained = self.trainer.tokens - self._tokens, self.trainer.trained_tokens - self._trained
+        tokens, trained = self.trainer.summed(
+            self.trainer.tokens - self._tokens, self.trainer.trained_tokens - self._trained
+        )
+        peak = peak_bytes(args.device.type)
         point = {
             "event": "train",
             "step": state.global_step,
@@ -315,12 +406,14 @@ class Watch(TrainerCallback):
             "step_seconds": self._step_s / self._steps,
             "tokens_per_s": tokens / self._step_s if self._step_s else 0.0,
             "trained_tokens_per_s": trained / self._step_s if self._step_s else 0.0,
+            "peak_memory_mib": round(peak / MIB),
         }
-        if torch.cuda.is_available():
-            point["peak_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
         self._points.add(point)
         self._say("loss", f"loss {logs['loss']:.4f}")
+        self._say("lr", f"lr {point['learning_rate']:.1e}")
         self._say("rate", f"{point['tokens_per_s']:,.0f} tok/s")
+        if args.device.type != "cpu":
+            self._say("memory", f"{peak / 2**30:.1f} GiB")
         self._step_s, self._steps = 0.0, 0
         self._tokens, self._trained = self.trainer.tokens, self.trainer.trained_tokens
 
@@ -350,7 +443,8 @@ class Watch(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Declare the checkpoint whole."""
+        """Declare the checkpoint whole, when every process has written its part."""
+        distributed.wait()
         if not state.is_world_process_zero:
             return
         finished = control.should_training_stop or state.global_step >= state.max_steps
@@ -359,9 +453,21 @@ class Watch(TrainerCallback):
 
     def _say(self, key: str, text: str) -> None:
         self._notes[key] = text
-        self._bar.note(
-            " · ".join(self._notes[name] for name in ("loss", "val", "rate") if name in self._notes)
-        )
+        self._bar.note(" · ".join(self._notes[name] for name in _SAID if name in self._notes))
+
+
+class TriesFirst(TrainerCallback):
+    """Computes one batch before the first step, to see whether the memory holds."""
+
+    def __init__(self, trainer: StudentTrainer, items: Sequence[Item], hint: str) -> None:
+        self._trainer = trainer
+        self._items = items
+        self._hint = hint
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Try it on the model as it is wrapped for the processes."""
+        with memory_errors(self._hint, doing="the largest batch does not fit"):
+            self._trainer.try_batch(self._trainer.model_wrapped, self._items)
 
 
 def evals_without_gain(history: Sequence[dict[str, Any]], threshold: float) -> int:
@@ -382,12 +488,31 @@ def evals_without_gain(history: Sequence[dict[str, Any]], threshold: float) -> i
     return waited
 
 
+def reporters(names: Sequence[str], tensorboard: Path) -> tuple[str, ...]:
+    """Names of trackers, each known to transformers and installed; `tensorboard` is where its files go.
+
+    Raises SettingError for an unknown name, UserError for one that is not installed.
+    """
+    known = set(INTEGRATION_TO_CALLBACK)
+    for name in names:
+        if name not in known:
+            raise SettingError(
+                f"there is no tracker '{name}'", where="--report-to", hint=nearest(name, known)
+            )
+        if name == "tensorboard":
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(tensorboard))
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError) as error:
+            raise UserError(
+                f"{name} is not installed", where="--report-to", hint=f"pip install {name}"
+            ) from error
+    return tuple(names)
+
+
 def total_steps(settings: LoopSettings) -> int:
-    """Optimizer steps of a whole run in one process."""
-    if settings.max_steps:
-        return settings.max_steps
-    batches = math.ceil(settings.layout.items / settings.layout.batch)
-    return max(1, math.ceil(settings.epochs * math.ceil(batches / settings.layout.grad_accum)))
+    """Optimizer steps of a whole run."""
+    return settings.max_steps or settings.layout.steps(settings.epochs)
 
 
 def train(
@@ -401,11 +526,14 @@ def train(
     points: Points,
     fingerprint: str,
     resume: WholeCheckpoint | None,
+    hungriest: Sequence[Item],
     progress: Callable[[int, int], Any],
 ) -> Outcome:
     """Train, or go on from a checkpoint of the same run; the best checkpoint is the outcome.
 
-    `progress(total, done)` opens the bar. `folder` holds the `checkpoint-N/` while training.
+    `hungriest` is the batch that takes most memory: it is tried before the first step, for nobody should learn
+    after a night that it does not fit. `progress(total, done)` opens the bar. `folder` holds the `checkpoint-N/`
+    while training.
     """
     train_examples, val_examples = examples
     steps = total_steps(settings)
@@ -414,14 +542,15 @@ def train(
         args._n_gpu = min(1, args.n_gpu)  # else the Trainer would spread one GPU's model by DataParallel
     with progress(steps, resume.mark.step if resume else 0) as bar:
         watch = Watch(settings, points, bar, fingerprint, resume.mark.seconds if resume else 0.0)
-        trainer = StudentTrainer(model, args, train_examples, val_examples, pad, settings.layout.bin_tokens)
+        trainer = StudentTrainer(model, args, train_examples, val_examples, pad, settings.layout, hungriest)
         watch.trainer = trainer
         trainer.add_callback(watch)
+        trainer.add_callback(TriesFirst(trainer, hungriest, settings.save_memory))
         if resume is not None and resume.mark.finished:
             trainer.state = TrainerState.load_from_json(str(resume.path / "trainer_state.json"))
             watch.stopped_early = resume.mark.step < resume.mark.total_steps
         else:
-            with memory_errors():
+            with memory_errors(settings.save_memory):
                 trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
     state = trainer.state
     best = state.best_global_step if state.best_global_step else state.global_step
@@ -455,6 +584,7 @@ def _arguments(
         weight_decay=settings.weight_decay,
         per_device_train_batch_size=settings.layout.batch,
         gradient_accumulation_steps=settings.layout.grad_accum,
+        run_name=settings.run_name or None,
         bf16=placement.autocast is torch.bfloat16,
         fp16=placement.autocast is torch.float16,
         use_cpu=placement.on_cpu,
@@ -471,7 +601,7 @@ def _arguments(
         logging_steps=settings.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        report_to=[],
+        report_to=list(settings.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=not placement.on_cpu,

@@ -1,0 +1,62 @@
+"""Joining the processes of one run; with one process, all of it does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed
+
+from mtgdm import processes
+from mtgdm.student.base import Placement
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others: the first may have a large model to fetch."""
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined(placement: Placement) -> Iterator[None]:
+    """Meet the other processes of the run, and part from them at the end.
+
+    After an error they are not waited for: the launcher ends them with this one.
+    """
+    if processes.count() == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=placement.on_cpu, timeout=PATIENCE)
+    yield
+    state.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process of a machine goes through the block before its others do: it fetches what they then find."""
+    if processes.count() == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    with PartialState().local_main_process_first():
+        yield
+
+
+def wait() -> None:
+    """Go on when every process has come here."""
+    if processes.count() > 1:
+        torch.distributed.barrier()
+
+
+def from_first(value: T) -> T:
+    """What the first process has, in all of them; it must be picklable."""
+    if processes.count() == 1:
+        return value
+    shared = [value]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
