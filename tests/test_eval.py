@@ -409,6 +409,30 @@ def test_pointers_in_the_base_are_told_before_anything_is_asked(workspace: Path)
     assert not (workspace / "data" / "eval_outputs.jsonl").exists()
 
 
+def test_a_named_base_is_asked_by_its_own_template(workspace: Path) -> None:
+    merge(workspace)
+    template = workspace / "base" / "chat_template.jinja"
+    template.write_text("山" + template.read_text(encoding="utf-8"), encoding="utf-8")
+    evaluated(workspace, model="merged", base_model="base", compare_base=True)
+    row = outputs(workspace)[0]
+    assert row["base_metrics"]["prompt_tokens"] == row["metrics"]["prompt_tokens"] + 1
+
+
+def test_a_base_too_large_for_the_memory_says_so_and_is_not_missing(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(UserError, match=r"^out of memory") as caught:
+        evaluated(workspace)
+    assert "--load-in-4bit" in str(caught.value.hint)
+
+
 def test_an_adapter_of_a_base_with_more_layers_is_one_line(workspace: Path) -> None:
     """PEFT loads what fits and says nothing of the rest: half a student."""
     with quiet():

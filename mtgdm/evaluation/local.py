@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,7 @@ from mtgdm.evaluation.training import Training
 
 if TYPE_CHECKING:
     from mtgdm.rows import Row
+    from mtgdm.student.chat import Chat
 
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -42,21 +43,26 @@ class Weights:
                 self.training.check_base(named)
             base_model = base_model or base.base_of(self.source)
         self.base_model = base_model
-        self.base_source = None if base_model is None else self._base(base_model, name, workspace)
+        self.base_source = None if base_model is None else self._base(base_model, workspace)
 
-    def _base(self, base_model: str, name: str, workspace: Path) -> str:
+    def _base(self, base_model: str, workspace: Path) -> str:
         from mtgdm.student import base
 
         try:
             source = base.locate(base_model, workspace)
         except UserError as error:
             raise UserError(
-                f"the base model of {name} is not there: {base_model}",
+                f"the base model of {self.shown} is not there: {base_model}",
                 where=error.where,
                 hint="put it back, or say where it lies now: --base-model FOLDER",
             ) from error
         base.check_folder(source)
         return source
+
+    @property
+    def borrows_tokenizer(self) -> bool:
+        """Whether it is an adapter that speaks as its base does, for want of a tokenizer of its own."""
+        return self.is_adapter and not (Path(self.source) / "tokenizer_config.json").is_file()
 
     @property
     def states(self) -> dict[str, str]:
@@ -97,7 +103,7 @@ class Local(Student):
         self._placement = base.place(device_mode)
         self._load_in_4bit = load_in_4bit
         self._batch = batch
-        with _base_errors(name) if self.weights.is_adapter else _other_flags():
+        with _base_errors(self.name) if self.weights.borrows_tokenizer else _other_flags():
             self._chat = generation.load_chat(self.weights.source, name, workspace)
         if self.weights.training is not None:
             self.weights.training.check_template(self._chat.fingerprint)
@@ -115,34 +121,60 @@ class Local(Student):
         from mtgdm.student import generation
 
         if base and not self.weights.is_adapter:
-            assert self.weights.base_source is not None and self.weights.base_model is not None
-            self._ask(self._load_whole(self.weights.base_source, self.weights.base_model), rows, keep, refuse)
-            self._drop()
+            self._ask_named_base(rows, keep, refuse)
             return
         if self._model is None:
             self._model = self._load()
         if base:
             with self._model.disable_adapter():
-                self._ask(self._model, rows, keep, refuse)
+                self._ask(self._model, self._chat, self._prompts, rows, keep, refuse)
             return
         self._model = generation.merged(self._model)
-        self._ask(self._model, rows, keep, refuse)
+        self._ask(self._model, self._chat, self._prompts, rows, keep, refuse)
 
-    def _ask(self, model: Any, rows: Sequence[Row], keep: Keep, refuse: Refuse) -> None:
+    def _ask_named_base(self, rows: Sequence[Row], keep: Keep, refuse: Refuse) -> None:
+        """Ask a base that is a model of its own, in its own tokens and by its own template."""
+        import torch
+
+        from mtgdm.student import generation
+
+        source, name = self.weights.base_source, self.weights.base_model
+        assert source is not None and name is not None
+        with _base_errors(self.name):
+            chat = generation.load_chat(source, name, self._workspace)
+            model = generation.load(
+                source, name, self._placement, workspace=self._workspace, load_in_4bit=self._load_in_4bit
+            )
+        self._ask(model, chat, {row.id: prompt_ids(chat, row) for row in rows}, rows, keep, refuse)
+        # Its memory is given back before the student is loaded.
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _ask(
+        self,
+        model: Any,
+        chat: Chat,
+        prompts: Mapping[str, list[int]],
+        rows: Sequence[Row],
+        keep: Keep,
+        refuse: Refuse,
+    ) -> None:
         from mtgdm.student import generation
 
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         asked = []
         for row in rows:
-            length = len(self._prompts[row.id])
+            length = len(prompts[row.id])
             if context is not None and length >= context:
                 refuse(row, f"the prompt has {length} tokens, and the model's context holds {context}")
             else:
                 asked.append(row)
         for batch in generation.answers(
             model,
-            self._chat,
-            [self._prompts[row.id] for row in asked],
+            chat,
+            [prompts[row.id] for row in asked],
             batch=self._batch,
             max_new_tokens=self._max_new_tokens,
         ):
@@ -161,7 +193,14 @@ class Local(Student):
 
         weights = self.weights
         if not weights.is_adapter:
-            return self._load_whole(weights.source, self._given)
+            with _other_flags():
+                return generation.load(
+                    weights.source,
+                    self._given,
+                    self._placement,
+                    workspace=self._workspace,
+                    load_in_4bit=self._load_in_4bit,
+                )
         assert weights.base_source is not None and weights.base_model is not None
         with _base_errors(self.name):
             model: Any = base.load_model(
@@ -175,22 +214,6 @@ class Local(Student):
                 hint="this is not the base it was trained on; --base-model names another",
             )
         return generation.ready(generation.with_adapter(model, weights.source, weights.base_model))
-
-    def _load_whole(self, source: str, name: str) -> Any:
-        from mtgdm.student import generation
-
-        with _other_flags():
-            return generation.load(
-                source, name, self._placement, workspace=self._workspace, load_in_4bit=self._load_in_4bit
-            )
-
-    def _drop(self) -> None:
-        """Give the memory of one model back before the other is loaded."""
-        import torch
-
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _named_base(adapter: Path) -> str | None:
@@ -210,6 +233,8 @@ def _base_errors(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if isinstance(error.__cause__, RuntimeError):  # out of memory: it is there, and has a hint of its own
+            raise
         raise UserError(
             f"the base model of {name} cannot be used: {error.message}",
             where=error.where,
