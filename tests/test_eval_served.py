@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -251,6 +252,6 @@ def test_progress_tells_the_means_and_the_speed(
     write_test_rows(tmp_path, 2)
     evaluated(tmp_path, server, compare_base=True, base_model=BASE)
     assert notes[1].startswith("base model · ") and notes[1].endswith(" tokens/s")
-    assert notes[-1].startswith("char-F1 1.000 · contract-valid 1.000 · facts 1.000 · ")
+    assert re.fullmatch(r"char-F1 1\.000 · [\d,]+ tokens/s · contract-valid 1\.000 · facts 1\.000", notes[-1])
     log = next((tmp_path / "log").glob("eval-*.log")).read_text(encoding="utf-8")
     assert "4 rows, 4 of them to ask" in log

@@ -167,8 +167,9 @@ class Evaluation:
                 self._log(asked, scored)
                 bar.advance()
                 means = self._means.means
-                shown = [f"{SHOWN[key]} {means[key]:.3f}" for key in _WHILE_RUNNING if key in means]
-                bar.note(" · ".join([*shown, *self._speed(reply, started)]))
+                first, *others = [f"{SHOWN[key]} {means[key]:.3f}" for key in _WHILE_RUNNING if key in means]
+                # Where there is no room the last go: whether it moves says more than a third mean.
+                bar.note(" · ".join([first, *self._speed(reply, started), *others]))
 
             self._student.ask(missing, answered, lambda row, why: self._refuse(row, why, bar))
 
