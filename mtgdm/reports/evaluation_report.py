@@ -135,10 +135,12 @@ def short_comparison(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The same for a terminal of 80 columns, the interval beside the student alone."""
     rows: list[tuple[str, ...]] = []
     for metric in _present(data):
-        means = [shown(one["mean"]) if (one := _figure(data, who, metric.key)) else "–" for who in WHO]
+        base, student, teacher = [
+            shown(one["mean"]) if (one := _figure(data, who, metric.key)) else "–" for who in WHO
+        ]
         gain = (data["difference"] or {}).get(metric.key)
         interval = span(data["student"][metric.key]["ci95"])
-        rows.append((metric.label, *means, interval, gain["verdict"] if gain else "–"))
+        rows.append((metric.label, base, student, interval, teacher, gain["verdict"] if gain else "–"))
     return rows
 
 

@@ -67,7 +67,7 @@ def run(config: EvalReportConfig, context: Context) -> Result:
         chart_timeout_s=config.chart_timeout_s,
         require_png=config.require_png,
     )
-    columns = ["metric", "#base", "#student", "#teacher", "95 % interval", "verdict"]
+    columns = ["metric", "#base", "#student", "95 % interval", "#teacher", "verdict"]
     context.terminal.table(columns, short_comparison(report.data))
     for line in (against_teacher(report.data), judged(report.data)):
         if line:
