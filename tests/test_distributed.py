@@ -15,7 +15,7 @@ import pytest
 from mtgdm.stages.train import run as train
 from mtgdm.student.resume import whole_checkpoints
 from mtgdm.testing import run as run_stage
-from tests.conftest import Ran, clean_environment, write_lines
+from tests.conftest import CommandLine, Ran, clean_environment, write_lines
 from tests.test_train import QUICK, checkpoint, furthest, points
 from tests.tiny_student import make_base, teacher_file
 
@@ -168,9 +168,15 @@ def test_an_error_of_all_is_told_once_and_one_of_another_process_with_its_number
     assert "Traceback" not in ran.err.split("error: process 1")[0]
 
 
-def test_what_runs_in_one_process_alone_says_so(workspace: Path) -> None:
-    from tests.conftest import CommandLine
+def test_checkpoints_of_fsdp_must_hold_the_whole_adapter(workspace: Path) -> None:
+    mtgdm = CommandLine(workspace)
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}
+    ran = mtgdm("train", *flags(SETTINGS), env=launched)
+    assert ran.code == 1 and "FSDP is set to save checkpoints as SHARDED_STATE_DICT" in ran.err
+    assert "hint: fsdp_state_dict_type: FULL_STATE_DICT" in ran.err
 
+
+def test_what_runs_in_one_process_alone_says_so(workspace: Path) -> None:
     mtgdm = CommandLine(workspace)
     several = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     ran = mtgdm("all", "--profile", "quickstart", env=several)
