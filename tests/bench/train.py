@@ -254,6 +254,10 @@ def compare(rounds: int) -> bool:
         f"One CPU thread, the tiny base of mtgdm in float32, LoRA rank {LORA_RANK} on all linear layers. CPU-seconds "
         f"of the training loop alone; each contender in a process of its own, in turn, the least of {rounds} rounds."
     )
+    print(
+        "Without Triton, so on every CPU, SFTTrainer computes the output layer at all positions, on a GPU at the "
+        "trained ones alone: how far it is behind here says nothing about a GPU."
+    )
     for set_, of_contender in found.items():
         print()
         print_comparison(set_, of_contender, rows_a_step=8, pad_to=sets[set_]["pad_to"])
