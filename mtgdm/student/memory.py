@@ -61,9 +61,10 @@ class Shape:
         adapters = (width + mask) * self.adapter_inputs + width * self.adapter_ranks
         return self.layers * a_layer + adapters + 4 * self.hidden
 
-    def logits_per_trained(self, *, width: int) -> int:
-        """Bytes one trained token costs at the output: its logits, their float32, the log-softmax or its gradient."""
-        return self.vocabulary * (10 if width == 2 else 8)
+    @property
+    def logits_per_trained(self) -> int:
+        """Bytes one trained token costs at the output: log-softmax, its gradient and that of the logits, in float32."""
+        return 3 * 4 * self.vocabulary
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,18 @@ class Demand:
 
     def of_batch(self, shape: Shape, positions: int, trained: int) -> tuple[int, int]:
         """Bytes of activations and of logits of a batch; `positions` counts padding too."""
-        kept = shape.kept_per_position(width=self.width, mask=self.mask)
+        kept = positions * shape.kept_per_position(width=self.width, mask=self.mask)
+        logits = trained * shape.logits_per_trained
+        # What flows back through a layer: by then the logits are gone.
+        working = positions * self.width * (shape.feed_forward + 2 * shape.hidden)
         if self.checkpointing:
-            # The input of every layer, and one layer at a time in full.
-            kept = shape.layers * self.width * shape.hidden + kept // shape.layers + 4 * shape.hidden
+            # The input of every layer is kept, and one layer at a time is computed anew in full.
+            working += kept // shape.layers
+            kept = positions * (shape.layers * self.width + 4) * shape.hidden
+        kept += max(0, working - logits)
         # Weights in 4-bit are unpacked for each product, the largest of them here.
         unpacked = self.width * shape.largest_layer if self.four_bit else 0
-        return positions * kept + unpacked, trained * shape.logits_per_trained(width=self.width)
+        return kept + unpacked, logits
 
     def estimate(self, shape: Shape, positions: int, trained: int) -> Memory:
         """The memory of a run whose hungriest batch has so many positions and trained tokens."""
