@@ -53,7 +53,9 @@ def base_of(config: Any, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
 
 
-def kept_bytes(config: Any, dropout: float, *, narrow: bool, checkpointing: bool) -> int:
+def kept_bytes(
+    config: Any, dropout: float, *, narrow: bool, checkpointing: bool = False, packed: bool = False
+) -> int:
     """Bytes that a forward pass keeps for the backward pass, by PyTorch's own hooks."""
     dtype = torch.bfloat16 if narrow else torch.float32
     model: Any = get_peft_model(base_of(config, dtype), lora(dropout))
@@ -69,11 +71,12 @@ def kept_bytes(config: Any, dropout: float, *, narrow: bool, checkpointing: bool
         return tensor
 
     tokens = torch.zeros((1, POSITIONS), dtype=torch.long)
+    places = {"position_ids": torch.arange(POSITIONS // 4).repeat(4)[None]} if packed else {}
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow),
     ):
-        model.train().model.model(input_ids=tokens, use_cache=False)
+        model.train().model.model(input_ids=tokens, use_cache=False, **places)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -88,7 +91,10 @@ def test_what_a_batch_keeps_is_known_before(family: str, narrow: bool, dropout: 
     assert shape is not None
     width, mask = 2 if narrow else 4, 4 if dropout else 0
     expected = POSITIONS * shape.kept_per_position(width=width, mask=mask)
-    real = kept_bytes(config, dropout, narrow=narrow, checkpointing=False)
+    real = kept_bytes(config, dropout, narrow=narrow)
+    assert 0.97 * real < expected < most * real
+    expected = POSITIONS * shape.kept_per_position(width=width, mask=mask, bin_tokens=POSITIONS)
+    real = kept_bytes(config, dropout, narrow=narrow, packed=True)
     assert 0.97 * real < expected < most * real
 
 

@@ -524,6 +524,7 @@ def _memory(
         four_bit=config.load_in_4bit,
         checkpointing=config.gradient_checkpointing,
         mask=0 if config.lora_dropout == 0 else 4 if on_cpu else 1,
+        bin_tokens=layout.bin_tokens,
         processes=layout.processes,
     )
 

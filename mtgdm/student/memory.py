@@ -47,16 +47,19 @@ class Shape:
     """Features that the norms of one layer read."""
     vocabulary: int
 
-    def kept_per_position(self, *, width: int, mask: int) -> int:
+    def kept_per_position(self, *, width: int, mask: int, bin_tokens: int = 0) -> int:
         """Bytes one position keeps of all layers for the backward pass.
 
         `width` are the bytes of a number in the matrix products, `mask` those that dropout remembers of a feature.
         A layer keeps: the input of its norms in float32; queries, keys, values and the output of attention,
         with a normaliser of each head in float32; three results of the gated feed-forward; of each layer with an
         adapter the input, cast for it alone, and the adapter's inner result. (In float32 without dropout nothing
-        is cast and some inputs are shared: there this is too much by up to a quarter.)
+        is cast and some inputs are shared: there this is too much by up to a quarter.) In bins of `bin_tokens` each
+        layer holds its line of the attention mask too, and keys and values once for every head.
         """
         attention = 2 * self.heads * self.head_size + 2 * self.key_value_heads * self.head_size
+        if bin_tokens:
+            attention += bin_tokens + 2 * (self.heads - self.key_value_heads) * self.head_size
         a_layer = 4 * self.normalized + width * (attention + 3 * self.feed_forward) + 4 * self.heads
         adapters = (width + mask) * self.adapter_inputs + width * self.adapter_ranks
         return self.layers * a_layer + adapters + 4 * self.hidden
@@ -104,11 +107,15 @@ class Demand:
     checkpointing: bool
     mask: int
     """Bytes dropout remembers of a feature: none without dropout, 1 on a GPU, 4 on a CPU."""
+    bin_tokens: int = 0
+    """Tokens of a bin; 0 without packing."""
     processes: int = 1
 
     def of_batch(self, shape: Shape, positions: int, trained: int) -> tuple[int, int]:
         """Bytes of activations and of logits of a batch; `positions` counts padding too."""
-        kept = positions * shape.kept_per_position(width=self.width, mask=self.mask)
+        kept = positions * shape.kept_per_position(
+            width=self.width, mask=self.mask, bin_tokens=self.bin_tokens
+        )
         logits = trained * shape.logits_per_trained
         # What flows back through a layer: by then the logits are gone.
         working = positions * self.width * (shape.feed_forward + 2 * shape.hidden)
