@@ -87,6 +87,10 @@ class Domain(ABC):
     def prose_problem(self, prompt_type: str, text: str) -> str | None:
         """What is wrong with a prose answer of this type, in words, or None."""
 
+    def languages_right(self, prompt_type: str, text: str) -> bool | None:
+        """Whether an answer in several languages has them, in their order; None for types in one, see `script`."""
+        return None
+
     def script(self, prompt_type: str) -> Script | None:
         """What an answer of this type is written in; None where it is mixed or does not matter."""
         return None
@@ -117,22 +121,52 @@ def answer_problem(domain: Domain, prompt_type: str | None, text: str) -> str | 
 
 def contract_problem(contract: type[BaseModel], text: str) -> str | None:
     """Why a text is not exactly one JSON object of this model, or None."""
+    fault = contract_fault(contract, text)
+    return None if fault is None else fault.problem
+
+
+@dataclass(frozen=True)
+class ContractFault:
+    """The first thing that is wrong with a JSON answer."""
+
+    problem: str
+    key: str
+    """Where: `geo.lat`, `routes[].steps`; `not JSON` or `not an object` where it has no keys at all."""
+
+
+def contract_fault(contract: type[BaseModel], text: str) -> ContractFault | None:
+    """What makes a text other than exactly one JSON object of this model, or None."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} at character {error.pos}"
+        return ContractFault(f"not JSON: {error.msg} at character {error.pos}", "not JSON")
     except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
+        return ContractFault(f"not JSON: {error}", "not JSON")
     if not isinstance(value, dict):
-        return f"not a JSON object but {type(value).__name__}"
+        return ContractFault(f"not a JSON object but {type(value).__name__}", "not an object")
     try:
         contract.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "answer"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        return f"{key}: {first['msg']}{more}"
+        return ContractFault(f"{key}: {first['msg']}{more}", _key_in(value, first["loc"]))
     return None
+
+
+def _key_in(value: Any, place: tuple[int | str, ...]) -> str:
+    """The keys of a place in an answer, items of a list all alike; pydantic's names for parts of a union are none."""
+    key = ""
+    for part in place:
+        if isinstance(value, dict) and isinstance(part, str):
+            key += f".{part}" if key else part
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            key += "[]"
+            value = value[part]
+        else:
+            break
+    return key or "answer"
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -11,8 +11,8 @@ import pytest
 from mtgdm import rows
 from mtgdm.errors import UserError
 from mtgdm.rows import Row
+from mtgdm.scoring.row import score
 from mtgdm.stages.eval import run as evaluate
-from mtgdm.stages.eval import score
 from mtgdm.stages.train import run as train
 from mtgdm.student.noise import quiet
 from mtgdm.testing import StageRun
@@ -31,8 +31,15 @@ METRICS = {
     "char_f1",
     "sequence_ratio",
     "exact_match",
+    "rouge_l",
     "chrf",
+    "length_ratio",
+    "repetition",
     "contract_valid",
+    "contract_key",
+    "prose_valid",
+    "language_ok",
+    "problem",
     "fact_recall",
     "unsupported_facts",
 }
@@ -89,7 +96,8 @@ def test_the_held_out_rows_are_answered_in_order_with_their_metrics(workspace: P
     assert [row["meta"]["spot"] for row in found] == [f"test景区{number}" for number in range(4)]
     for row in found:
         assert list(row) == [
-            "id", "messages", "reference", "output", "base_output", "metrics", "base_metrics", "meta",
+            "id", "messages", "reference", "output", "base_output",
+            "metrics", "base_metrics", "reference_metrics", "meta",
         ]  # fmt: skip
         assert row["messages"][-1]["role"] == "user"
         assert set(row["metrics"]) == set(row["base_metrics"]) == METRICS
@@ -315,8 +323,8 @@ def test_a_row_with_another_reference_is_asked_again(workspace: Path) -> None:
 # --- models --------------------------------------------------------------------------------------
 
 
-def test_a_merged_model_answers_as_its_adapter_does(workspace: Path) -> None:
-    evaluated(workspace)
+def merge(workspace: Path) -> Path:
+    """The student with the adapter added into its weights."""
     with quiet():
         from mtgdm.student import base, generation
 
@@ -328,13 +336,30 @@ def test_a_merged_model_answers_as_its_adapter_does(workspace: Path) -> None:
         whole.save_pretrained(workspace / "merged")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(folder / name, workspace / "merged" / name)
+    return workspace / "merged"
+
+
+def test_a_merged_model_answers_as_its_adapter_does(workspace: Path) -> None:
+    evaluated(workspace)
+    merge(workspace)
     ran = evaluated(workspace, model="merged", out="data/merged.jsonl")
     assert any("has no training.json" in line for line in ran.warnings)
     assert [row["output"] for row in read_rows(workspace / "data" / "merged.jsonl")] == [
         row["output"] for row in outputs(workspace)
     ]
-    with pytest.raises(UserError, match="is no adapter"):
-        evaluated(workspace, model="merged", out="data/other.jsonl", compare_base=True)
+
+
+def test_a_student_that_is_no_adapter_is_compared_with_the_base_that_is_named(workspace: Path) -> None:
+    evaluated(workspace, compare_base=True)
+    merge(workspace)
+    alone = evaluated(workspace, model="merged", out="data/alone.jsonl", compare_base=True)
+    assert any("names no base model, so it is evaluated alone" in line for line in alone.warnings)
+    assert "base_output" not in read_rows(workspace / "data" / "alone.jsonl")[0]
+    evaluated(workspace, model="merged", base_model="base", out="data/merged.jsonl", compare_base=True)
+    found = read_rows(workspace / "data" / "merged.jsonl")
+    assert [(row["output"], row["base_output"]) for row in found] == [
+        (row["output"], row["base_output"]) for row in outputs(workspace)
+    ]
 
 
 def test_a_student_in_4_bit_answers_on_a_cpu(workspace: Path) -> None:
@@ -363,6 +388,147 @@ def test_an_adapter_of_another_base_is_one_line(workspace: Path) -> None:
     make_base(workspace / "base", hidden=32)
     with pytest.raises(UserError, match="does not fit its base base"):
         evaluated(workspace)
+
+
+def test_the_base_of_an_adapter_is_looked_for_where_it_lies_now(workspace: Path) -> None:
+    evaluated(workspace)
+    before = [row["output"] for row in outputs(workspace)]
+    (workspace / "base").rename(workspace / "elsewhere")
+    with pytest.raises(UserError, match=r"base model of .* cannot be used: .*'base'") as caught:
+        evaluated(workspace, overwrite=True)
+    assert "--base-model FOLDER" in str(caught.value.hint)
+    evaluated(workspace, base_model="elsewhere", overwrite=True)
+    assert [row["output"] for row in outputs(workspace)] == before
+
+
+def test_pointers_in_the_base_are_told_before_anything_is_asked(workspace: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\n"
+    (workspace / "base" / "model.safetensors").write_text(pointer, encoding="utf-8")
+    with pytest.raises(UserError, match=r"base/model\.safetensors: this is a Git-LFS pointer"):
+        evaluated(workspace)
+    assert not (workspace / "data" / "eval_outputs.jsonl").exists()
+
+
+def test_a_named_base_is_asked_by_its_own_template(workspace: Path) -> None:
+    merge(workspace)
+    template = workspace / "base" / "chat_template.jinja"
+    template.write_text("山" + template.read_text(encoding="utf-8"), encoding="utf-8")
+    evaluated(workspace, model="merged", base_model="base", compare_base=True)
+    row = outputs(workspace)[0]
+    assert row["base_metrics"]["prompt_tokens"] == row["metrics"]["prompt_tokens"] + 1
+
+
+def test_a_base_too_large_for_the_memory_says_so_and_is_not_missing(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(UserError, match=r"^out of memory") as caught:
+        evaluated(workspace)
+    assert "--load-in-4bit" in str(caught.value.hint)
+
+
+def test_an_adapter_of_a_base_with_more_layers_is_one_line(workspace: Path) -> None:
+    """PEFT loads what fits and says nothing of the rest: half a student."""
+    with quiet():
+        from mtgdm.student.tiny import build_model, build_tokenizer
+
+        shutil.rmtree(workspace / "base")
+        tokenizer = build_tokenizer()
+        tokenizer.save_pretrained(workspace / "base")
+        model = build_model(len(tokenizer), hidden=64, layers=1, heads=1, feed_forward=64, seed=0)
+        model.save_pretrained(workspace / "base")
+    with pytest.raises(UserError, match=r"does not fit its base base: it holds \d+ tensors"):
+        evaluated(workspace)
+
+
+def test_another_chat_template_than_in_training_is_refused(workspace: Path) -> None:
+    template = workspace / "data" / "checkpoints" / "base-lora" / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8").replace("assistant", "helper"), encoding="utf-8")
+    with pytest.raises(UserError, match="is not the one that the student was trained with") as caught:
+        evaluated(workspace)
+    assert "chat_template.jinja" in str(caught.value.hint)
+
+
+def test_files_of_two_checkpoints_in_one_folder_are_refused(workspace: Path) -> None:
+    path = workspace / "data" / "checkpoints" / "base-lora" / "adapter_config.json"
+    text = path.read_text(encoding="utf-8").replace(
+        '"base_model_name_or_path": "base"', '"base_model_name_or_path": "x"'
+    )
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"the base was base, adapter_config\.json that it is x"):
+        evaluated(workspace)
+
+
+def test_a_prompt_longer_than_the_context_is_told_and_the_others_are_asked(workspace: Path) -> None:
+    long = teacher_row("test景区很长", "test")
+    long["messages"][1]["content"] += "山" * 5000
+    long["id"] = rows.row_id(long["messages"])
+    path = workspace / "data" / "teacher.jsonl"
+    write_lines(path, *read_rows(path), long)
+    ran = evaluated(workspace, compare_base=True)
+    assert len(outputs(workspace)) == 4
+    assert any("1 of 5 rows could not be asked: base: the prompt has" in line for line in ran.warnings)
+    assert ran.manifests[0].counts["refused"] == 1
+
+
+def test_as_many_rows_at_once_as_memory_has_room_for(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    from mtgdm.student import generation
+
+    with quiet():
+        from mtgdm.student import base
+
+        place = base.place("cpu")
+        model = base.load_model(str(workspace / "base"), "base", place)
+    row_bytes = 2 * 2 * 64 * 4 * 1000  # keys and values, 2 layers, 64 numbers of 4 bytes, 1000 tokens
+    for rows_that_fit, taken in ((1000, generation.MOST_ON_CPU), (13, 8), (1, 1), (0, 1)):
+        free = int(rows_that_fit * row_bytes / generation.FOR_THE_CACHE)
+        memory = type("Memory", (), {"available": free})
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        assert generation.fitting(model, 1000) == taken
+
+
+def test_the_same_student_over_a_teacher_backend_says_and_scores_the_same(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)  # where a teacher looks for a base that lies in a folder
+    evaluated(workspace)
+    folder = str(workspace / "data" / "checkpoints" / "base-lora")
+    evaluated(workspace, backend="transformers", model=folder, out="data/served.jsonl")
+    texts = {"latency_s", "tokens_per_s"}
+    for here, there in zip(outputs(workspace), read_rows(workspace / "data" / "served.jsonl"), strict=True):
+        assert here["output"] == there["output"]
+        assert {k: v for k, v in here["metrics"].items() if k not in texts} == {
+            k: v for k, v in there["metrics"].items() if k not in texts
+        }
+
+
+# --- failures ------------------------------------------------------------------------------------
+
+
+def test_failures_lie_beside_the_answers_with_the_reason_the_worst_first(workspace: Path) -> None:
+    from mtgdm.scoring.failures import badness
+
+    ran = evaluated(workspace, model="base", allow_leak=True, max_new_tokens=4)
+    found = read_rows(workspace / "data" / "eval_failures.jsonl")
+    assert {row["id"] for row in found} == {row["id"] for row in outputs(workspace)}
+    for row in found:
+        assert list(row)[:2] == ["id", "why"]
+        assert "ended by length" in row["why"]
+        assert row["reference"] and row["messages"] and "output" in row
+    order = [badness(row["metrics"]) for row in found]
+    assert order == sorted(order, reverse=True)
+    assert any("4 of 4 answers have something wrong: data/eval_failures.jsonl" in p for p in ran.printed)
+    assert ran.manifests[1].counts["failures"] == 4
 
 
 # --- metrics -------------------------------------------------------------------------------------
@@ -399,6 +565,54 @@ def test_broken_and_invented_answers_are_counted(general: Row) -> None:
     assert broken["contract_valid"] is False and broken["exact_match"] is False
     invented = score(Tourism(), general, general.answer.replace("1089", "1723"), {})
     assert invented["unsupported_facts"] >= 1 and invented["fact_recall"] < 1
+
+
+def test_the_key_that_breaks_the_contract_is_named(general: Row) -> None:
+    import json
+
+    from mtgdm.tourism import Tourism
+
+    value = json.loads(general.answer or "")
+    broken = {
+        "geo.lat": value | {"geo": value["geo"] | {"lat": 123.0}},
+        "attractions[].name": value
+        | {"attractions": [dict.fromkeys(("type", "desc", "lat", "lon")) | {"name": 7}]},
+        "myths": {key: one for key, one in value.items() if key != "myths"},
+        "more": value | {"more": 1},
+        "not an object": [value],
+    }
+    for key, answer in broken.items():
+        found = score(Tourism(), general, json.dumps(answer, ensure_ascii=False), {})
+        assert (found["contract_valid"], found["contract_key"]) == (False, key)
+    assert score(Tourism(), general, "{", {})["contract_key"] == "not JSON"
+    assert score(Tourism(), general, "", {})["problem"] == "the answer is empty"
+
+
+def test_a_bilingual_answer_is_checked_for_its_languages(general: Row) -> None:
+    from mtgdm.scoring.row import reference_score
+    from mtgdm.tourism import Tourism
+
+    domain = Tourism()
+    whole = domain.answer(general.meta["record"], "bilingual")
+    messages = [*general.prompt, {"role": "assistant", "content": whole}]
+    row = Row("x", messages, {**general.meta, "type": "bilingual"}, general.path, 1)
+    right = score(domain, row, whole, {})
+    assert (right["language_ok"], right["prose_valid"], right["contract_valid"]) == (True, True, None)
+    chinese = score(
+        domain, row, "西湖在杭州市，历史悠久，四季皆宜，乘公交前往，建议提前预约，春天最好。" * 2, {}
+    )
+    assert (chinese["language_ok"], chinese["problem"]) == (False, "there is no English")
+    teacher = reference_score(domain, row)
+    assert (teacher["language_ok"], teacher["prose_valid"], teacher["unsupported_facts"]) == (True, True, 0)
+    assert "char_f1" not in teacher
+
+
+def test_json_in_another_language_than_asked_for_is_told(general: Row) -> None:
+    from mtgdm.tourism import Tourism
+
+    assert score(Tourism(), general, general.answer or "", {})["language_ok"] is True
+    english = '{"name": "' + "the lake in the west of the town " * 10 + '"}'
+    assert score(Tourism(), general, english, {})["language_ok"] is False
 
 
 def test_prose_has_no_contract_and_a_row_without_a_record_no_facts(general: Row) -> None:

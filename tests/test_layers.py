@@ -15,7 +15,7 @@ PACKAGE = Path(mtgdm.__file__).parent
 LAYERS = [
     {"errors", "processes", "rows", "row_ids", "manifest", "plugins", "shipped"},
     {"stage", "estimates", "domain", "profiles", "terminal", "interrupts", "checkpoints"},
-    {"tourism", "teachers", "student", "scoring", "export", "charts", "reports"},
+    {"tourism", "teachers", "student", "scoring", "evaluation", "export", "charts", "reports"},
     {"stages"},
     {"registry", "pipeline", "doctor", "testing"},
     {"cli", "__main__"},

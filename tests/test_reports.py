@@ -349,6 +349,86 @@ def test_an_eval_report_has_the_shape_others_rely_on(tmp_path: Path) -> None:
     )
 
 
+def with_teacher(rows: list[dict[str, Any]], **metrics: Any) -> list[dict[str, Any]]:
+    """The rows with what is told of the teacher's own answers."""
+    valid = {"contract_valid": True, "fact_recall": 1.0, "unsupported_facts": 0, "repetition": 0.1}
+    return [row | {"reference_metrics": valid | metrics} for row in rows]
+
+
+@pytest.mark.usefixtures("no_browser")
+def test_the_teacher_stands_beside_and_the_distance_to_it_is_told(tmp_path: Path) -> None:
+    eval_metrics_file(tmp_path, *with_teacher(eval_rows()))
+    run = run_stage(eval_report, tmp_path)
+    data = report_json(run)
+    assert data["teacher"]["fact_recall"]["mean"] == 1
+    assert "char_f1" not in data["teacher"]
+    gain = data["teacher_difference"]["fact_recall"]
+    assert gain["verdict"] == "worse" and gain["mean"] < 0
+    assert data["teacher_difference"]["contract_valid"]["verdict"] == "too few rows to tell"
+    said = next(line for line in run.printed if "behind its teacher on fact recall −0." in line)
+    assert "no difference to its teacher can be told on contract valid" in said
+    assert data["by_type"]["general"]["teacher_difference"]["fact_recall"]["verdict"] == "worse"
+    markdown = next((tmp_path / "data/report").glob("*.md")).read_text(encoding="utf-8")
+    assert "| metric | base (95 % interval) | student (95 % interval) | teacher |" in markdown
+
+
+@pytest.mark.usefixtures("no_browser")
+def test_provinces_have_verdicts_of_their_own(tmp_path: Path) -> None:
+    rows = eval_rows(spots=[f"景区{number}" for number in range(10)])
+    for place, row in enumerate(rows):
+        row["province"] = "浙江省" if place < 21 else "江苏省"
+    rows.append(rows[0] | {"id": "x", "province": None})
+    eval_metrics_file(tmp_path, *rows)
+    data = report_json(run_stage(eval_report, tmp_path))
+    assert list(data["by_province"]) == ["浙江省", "江苏省"]
+    south, north = data["by_province"].values()
+    assert (south["rows"], south["spots"], north["rows"], north["spots"]) == (21, 7, 9, 3)
+    assert south["difference"]["char_f1"]["verdict"] == "better"
+    assert north["difference"]["char_f1"]["verdict"] == "too few rows to tell"
+    markdown = next((tmp_path / "data/report").glob("*.md")).read_text(encoding="utf-8")
+    assert re.search(r"\| 浙江省 \| 21 \| 7 \| 0\.\d\d → 0\.\d\d ↑ \|", markdown)
+    assert re.search(r"\| 江苏省 \| 9 \| 3 \| 0\.\d\d → 0\.\d\d \|", markdown)
+
+
+def test_failures_are_counted_by_what_went_wrong(tmp_path: Path) -> None:
+    rows = eval_rows()
+    rows[0]["metrics"] |= {"contract_valid": False, "contract_key": "geo.lat"}
+    rows[1]["metrics"] |= {"contract_valid": False, "contract_key": "geo.lat", "unsupported_facts": 3}
+    rows[3]["metrics"] |= {"unsupported_facts": 1}
+    rows[2]["metrics"] |= {"prose_valid": False, "problem": "the text goes round in circles: '山山'"}
+    found = describe_evaluation(read_evaluation(eval_metrics_file(tmp_path, *rows)))["failures"]
+    assert found["rows"] == 4
+    assert found["contract_keys"] == {"geo.lat": 2}
+    assert found["reasons"] == {
+        "breaks its contract: geo.lat": 2,
+        "… unsupported claims": 1,
+        "… unsupported claim": 1,
+        "the text goes round in circles: …": 1,
+    }
+
+
+def test_a_student_is_not_blamed_for_what_its_teacher_did_too(tmp_path: Path) -> None:
+    rows = eval_rows()[:1]
+    rows[0]["metrics"] |= {"unsupported_facts": 2, "fact_recall": 0.4, "repetition": 0.6}
+    alone = read_evaluation(eval_metrics_file(tmp_path, *rows)).rows[0]
+    assert why_bad(alone) == ["states 40% of the facts", "2 unsupported claims", "repeats itself"]
+    taught = with_teacher(rows, unsupported_facts=2, fact_recall=0.4, repetition=0.5)
+    assert why_bad(read_evaluation(eval_metrics_file(tmp_path, *taught)).rows[0]) == []
+
+
+@pytest.mark.usefixtures("no_browser")
+def test_rouge_l_is_in_the_figures_and_counts_as_no_second_metric(tmp_path: Path) -> None:
+    rows = eval_rows()
+    for row in rows:
+        for key in ("metrics", "base_metrics"):
+            row[key] |= {"rouge_l": row[key]["sequence_ratio"], "length_ratio": 1.5}
+    eval_metrics_file(tmp_path, *rows)
+    data = report_json(run_stage(eval_report, tmp_path))
+    assert data["student"]["rouge_l"] == data["student"]["sequence_ratio"]
+    assert "rouge_l" not in data["difference"]
+    assert data["student"]["length_ratio"] == {"mean": 1.5, "p50": 1.5, "p95": 1.5}
+
+
 @pytest.mark.usefixtures("no_browser")
 def test_an_evaluation_without_a_base_compares_nothing(tmp_path: Path) -> None:
     eval_metrics_file(tmp_path, *eval_rows(base=False))

@@ -6,17 +6,20 @@ import math
 import random
 import unicodedata
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtgdm.scoring.statistics import mean_interval, paired_difference, percentile
-from mtgdm.scoring.text import text_metrics
+from mtgdm.scoring.text import repetition, text_metrics
 
 texts = st.text(
-    alphabet=st.sampled_from("故宫博物院ABab １é\u0301\ud800\u2028\n12，。"), max_size=24
+    alphabet=st.sampled_from("故宫博物院ABab １é\u0301\ud800\u2028\n12，。𠮷👨"), max_size=24
 ) | st.text(max_size=12)
+alike = st.tuples(texts, texts, texts).map(lambda parts: (parts[0] + parts[1], parts[0] + parts[2]))
+"""Two texts with a common beginning: those of `texts` alone share little."""
 
 
 def packed(text: str) -> str:
@@ -48,10 +51,31 @@ def chrf_by_hand(output: str, reference: str) -> float:
     return 5 * precision * recall / (4 * precision + recall) if precision + recall else 0.0
 
 
-@settings(max_examples=400, deadline=None)
-@given(texts, texts)
-def test_text_metrics_are_what_their_definitions_say(output: str, reference: str) -> None:
-    found = text_metrics(output, reference)
+def rouge_l_by_hand(output: str, reference: str) -> float:
+    """ROUGE-L of a sentence as Lin (2004) has it, equation 4, with beta 1."""
+    if not output and not reference:
+        return 1.0
+    common = lcs(output, reference)
+    if not common:
+        return 0.0
+    recall, precision = common / len(reference), common / len(output)
+    return 2 * recall * precision / (recall + precision)
+
+
+def repetition_by_hand(text: str) -> float:
+    seen: list[str] = []
+    again = 0
+    for place in range(len(text) - 3):
+        again += text[place : place + 4] in seen
+        seen.append(text[place : place + 4])
+    return again / len(seen) if seen else 0.0
+
+
+@settings(max_examples=1000, deadline=None)
+@given(alike | st.tuples(texts, texts))
+def test_text_metrics_are_what_their_definitions_say(pair: tuple[str, str]) -> None:
+    output, reference = pair
+    found: dict[str, Any] = text_metrics(output, reference)
     one, other = packed(output), packed(reference)
     shared = sum(min(one.count(character), other.count(character)) for character in set(one))
     if not one and not other:
@@ -64,10 +88,35 @@ def test_text_metrics_are_what_their_definitions_say(output: str, reference: str
         grams = chrf_by_hand(one, other)
     assert found["char_f1"] == pytest.approx(f1)
     assert found["sequence_ratio"] == pytest.approx(ratio)
+    assert found["rouge_l"] == pytest.approx(rouge_l_by_hand(one, other))
     assert found["chrf"] == pytest.approx(grams)
+    assert found["repetition"] == pytest.approx(repetition_by_hand(one))
+    assert found["length_ratio"] == (pytest.approx(len(one) / len(other)) if other else None)
     exact = unicodedata.normalize("NFC", output).strip() == unicodedata.normalize("NFC", reference).strip()
     assert found["exact_match"] is exact
-    assert all(0 <= value <= 1 for value in found.values())
+    assert all(0 <= value <= 1 for key, value in found.items() if key != "length_ratio")
+
+
+@settings(max_examples=1000, deadline=None)
+@given(alike | st.tuples(texts, texts))
+def test_chrf_is_sacrebleus_to_the_last_digit_but_one(pair: tuple[str, str]) -> None:
+    from sacrebleu.metrics.chrf import CHRF
+
+    one, other = map(packed, pair)
+    theirs = CHRF(char_order=6, word_order=0, beta=2).sentence_score(one, [other]).score / 100
+    wanted = theirs if one and other else float(one == other)  # of two empty texts sacrebleu makes 0
+    assert text_metrics(*pair)["chrf"] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_chrf_is_sacrebleus_for_long_texts_of_many_characters_too() -> None:
+    from sacrebleu.metrics.chrf import CHRF
+
+    source = random.Random(3)
+    every = [chr(number) for number in (*range(0x4E00, 0x9FFF), *range(0x20000, 0x20800))]
+    text = "".join(source.choices(every, k=3000))
+    other = "".join(one if source.random() < 0.8 else source.choice(every) for one in text)[:2500]
+    theirs = CHRF(char_order=6, word_order=0, beta=2).sentence_score(text, [other]).score / 100
+    assert text_metrics(text, other)["chrf"] == pytest.approx(theirs, rel=1e-12)
 
 
 @given(texts)
@@ -75,8 +124,11 @@ def test_a_text_is_wholly_like_itself(text: str) -> None:
     assert text_metrics(text, text) == {
         "char_f1": 1.0,
         "sequence_ratio": 1.0,
+        "rouge_l": 1.0,
         "exact_match": True,
         "chrf": pytest.approx(1.0),
+        "length_ratio": 1.0 if packed(text) else None,
+        "repetition": repetition(packed(text)),
     }
 
 
@@ -84,12 +136,9 @@ def test_a_text_is_wholly_like_itself(text: str) -> None:
     ("output", "reference"), [("", "故宫"), ("故宫", ""), (" \n", "故宫"), ("长城", "故宫")]
 )
 def test_nothing_in_common_is_zero(output: str, reference: str) -> None:
-    assert text_metrics(output, reference) == {
-        "char_f1": 0.0,
-        "sequence_ratio": 0.0,
-        "exact_match": False,
-        "chrf": 0.0,
-    }
+    found = text_metrics(output, reference)
+    assert [found[key] for key in ("char_f1", "sequence_ratio", "rouge_l", "chrf")] == [0.0] * 4
+    assert found["exact_match"] is False
 
 
 def test_two_empty_texts_are_the_same() -> None:
@@ -113,6 +162,27 @@ def test_order_counts_for_the_sequence_ratio_alone() -> None:
     found = text_metrics("院物博宫故", "故宫博物院")
     assert found["char_f1"] == 1.0
     assert found["sequence_ratio"] == pytest.approx(0.2)
+
+
+def test_a_character_beyond_the_basic_plane_is_one_character() -> None:
+    found = text_metrics("𠮷野家", "吉野家")  # of four UTF-16 units three would be shared
+    assert found["char_f1"] == pytest.approx(2 / 3)
+    assert found["length_ratio"] == 1.0
+    assert text_metrics("\ud842", "\ud842")["chrf"] == 1.0  # half a character, as a broken server sends it
+
+
+def test_metrics_by_hand_in_chinese() -> None:
+    found = text_metrics("故宫始建于1420年。", "故宫始建于1406年，在北京。")
+    # Of 11 and 15 characters 故宫始建于, 1, 4, 0, 年 and 。 are in common, and in this order.
+    assert found["char_f1"] == pytest.approx(2 * 10 / 26)
+    assert found["sequence_ratio"] == found["rouge_l"] == pytest.approx(2 * 10 / 26)
+    assert found["length_ratio"] == pytest.approx(11 / 15)
+
+
+def test_what_goes_round_in_circles_repeats_itself() -> None:
+    assert repetition("湖光山色" * 10) == pytest.approx(1 - 4 / 37)
+    assert repetition("湖光山色，四季皆宜。") == 0
+    assert repetition("湖光") == 0
 
 
 # --- statistics ----------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_a_timeout_counts_as_too_much_to_do(tmp_path: Path, monkeypatch: pytest.
     settings = TeacherSettings(backend="slow", concurrency=12, timeout_s=0.2)
     backend = Slow(settings, Gardens())
     outcomes: list[loop.Outcome] = []
-    asking = loop.Loop([backend], Gardens(), settings, Judge(Gardens()))
+    asking = loop.Loop([backend], settings, Judge(Gardens()))
     asyncio.run(asking.run(read_rows_of(prompts), outcomes.append))
     assert [outcome.reason for outcome in outcomes] == [None] * 40
     assert backend.asked == 52
@@ -384,7 +384,7 @@ class Gone(Backend):
         prompts = write_lines(folder / "prompts.jsonl", *prompt_rows(5))
         outcomes: list[loop.Outcome] = []
         settings = TeacherSettings(concurrency=1, retries=retries)
-        asking = loop.Loop([self, *others], Gardens(), settings, Judge(Gardens()), warn=warn)
+        asking = loop.Loop([self, *others], settings, Judge(Gardens()), warn=warn)
         asyncio.run(asking.run(read_rows_of(prompts), outcomes.append))
         assert sorted(one.row.line for one in outcomes) == list(range(1, 11))
         return {one.row.line: one.reason for one in outcomes if one.reason is not None}

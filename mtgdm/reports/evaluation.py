@@ -1,19 +1,23 @@
-"""An evaluation as its metrics file tells it: means with intervals, base against student, by type."""
+"""An evaluation as its metrics file tells it: student, base and teacher with intervals, by type and province."""
 
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from mtgdm.errors import UserError
 from mtgdm.rows import read_lines
+from mtgdm.scoring import failures
+from mtgdm.scoring.failures import number
 from mtgdm.scoring.statistics import Interval, mean_interval, paired_difference, percentile
+
+Who = Literal["student", "base", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -24,18 +28,28 @@ class Metric:
     label: str
     meaning: str
     lower_is_better: bool = False
+    charted: bool = True
 
 
 METRICS = (
     Metric("char_f1", "character F1", "shared characters with the reference, order ignored"),
-    Metric("sequence_ratio", "sequence ratio", "longest common subsequence with the reference"),
+    Metric("sequence_ratio", "sequence ratio", "longest common subsequence with the reference; ROUGE-L"),
     Metric("chrf", "chrF", "shared character n-grams with the reference"),
     Metric("exact_match", "exact match", "the reference, character for character"),
     Metric("contract_valid", "contract valid", "JSON answers that keep their contract; prose has none"),
+    Metric("prose_valid", "prose valid", "prose that keeps the rules of its type"),
+    Metric("language_ok", "right language", "answers in the script or the languages that their type wants"),
     Metric("fact_recall", "fact recall", "facts of the record that the answer states"),
     Metric("unsupported_facts", "unsupported facts", "claims a row that the record does not support", True),
+    Metric("repetition", "repetition", "share of the text that stood in it before", True, charted=False),
 )
-RUNTIME = ("latency_s", "tokens_per_s", "prompt_tokens", "output_tokens")
+ALIASES = (Metric("rouge_l", "ROUGE-L", "the sequence ratio under the name that many look for"),)
+"""In the figures for other tools, but in no table: a second name is no second reason."""
+SPREADS = ("latency_s", "tokens_per_s", "prompt_tokens", "output_tokens", "length_ratio")
+"""What has no better and worse: told by mean, median and 95th percentile."""
+_VARYING = re.compile(r"'[^']*'|\d[\d.]*%?")
+"""What differs from row to row in reasons that are the same: figures, and words that are quoted."""
+_JUDGED = {"score", "student_first", "student_second"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,15 @@ class EvalRow:
     type: str
     student: dict[str, Any]
     base: dict[str, Any] | None
+    teacher: dict[str, Any] | None = None
+    """What can be told of the reference itself; None in files of earlier versions."""
+    judge: dict[str, Any] | None = None
+    leaked: bool = False
+
+    def of(self, who: Who) -> dict[str, Any]:
+        """The metrics of the student, its base or its teacher."""
+        found: dict[str, Any] | None = getattr(self, who)
+        return found or {}
 
     @property
     def unit(self) -> str:
@@ -61,12 +84,21 @@ class Evaluation:
 
     path: Path
     rows: list[EvalRow] = field(default_factory=list)
+    refused: int = 0
+    """Rows that could not be asked."""
+    models: list[str] = field(default_factory=list)
+    """Who was evaluated: one, where nobody put files together."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def spots(self) -> int:
         """How many spots the rows are about."""
         return len({row.spot for row in self.rows if row.spot})
+
+    @property
+    def leaked(self) -> int:
+        """How many rows are about spots that the student was trained on."""
+        return sum(row.leaked for row in self.rows)
 
     @property
     def types(self) -> list[str]:
@@ -82,11 +114,22 @@ class Evaluation:
         """The rows of one prompt type."""
         return [row for row in self.rows if row.type == name]
 
+    @property
+    def provinces(self) -> dict[str, list[EvalRow]]:
+        """The rows of each province, those with most rows first; rows that name none are left out."""
+        found: dict[str, list[EvalRow]] = {}
+        for row in self.rows:
+            if row.province is not None:
+                found.setdefault(row.province, []).append(row)
+        return dict(sorted(found.items(), key=lambda pair: -len(pair[1])))
+
 
 def read_evaluation(path: Path) -> Evaluation:
     """Read a metrics file; a row that stands twice counts once, what a kill left torn is noted."""
     evaluation = Evaluation(path)
     rows: dict[str, EvalRow] = {}
+    refused: set[str] = set()
+    models: dict[str, None] = {}
     unreadable: list[int] = []
     number = 0
     for number, line in read_lines(path):
@@ -98,13 +141,18 @@ def read_evaluation(path: Path) -> Evaluation:
         if isinstance(value, dict) and isinstance(value.get("metrics"), dict):
             row = _row(value, number)
             rows[row.id] = row
+            if model := _text(value.get("model")):
+                models[model] = None
+        elif isinstance(value, dict) and "refused" in value:
+            refused.add(str(value.get("id")))
     if unreadable == [number] and number:
         evaluation.notes.append(
             f"the last line ({number:,}) is torn and was left out: eval was killed while writing"
         )
     elif unreadable:
         evaluation.notes.append(f"{len(unreadable):,} lines could not be read and were left out")
-    evaluation.rows = list(rows.values())
+    evaluation.rows, evaluation.models = list(rows.values()), list(models)
+    evaluation.refused = len(refused - rows.keys())
     if not rows:
         if number > len(unreadable):
             raise UserError(
@@ -121,59 +169,40 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
         "rows": len(evaluation.rows),
         "student": whole["student"],
         "base": whole["base"],
+        "teacher": whole["teacher"],
         "by_type": {name: _compare(evaluation.of_type(name)) for name in evaluation.types},
+        "by_province": {name: _compare(rows) for name, rows in evaluation.provinces.items()},
         "difference": whole["difference"],
+        "teacher_difference": whole["teacher_difference"],
+        "judge": _judged(evaluation.rows),
         "spots": evaluation.spots,
         "verdict": verdict(whole["difference"], len(evaluation.rows), evaluation.spots),
+        "failures": _failures(evaluation.rows),
         "worst_rows": [_reference(row) for row in worst(evaluation.rows)],
         "notes": evaluation.notes,
     }
 
 
-def values_of(rows: Iterable[EvalRow], key: str, *, base: bool = False) -> list[float]:
+def values_of(rows: Iterable[EvalRow], key: str, who: Who = "student") -> list[float]:
     """The finite values of a metric over the rows that have it."""
-    return [value for row in rows if (value := _value(row.base if base else row.student, key)) is not None]
+    return [value for row in rows if (value := number(row.of(who), key)) is not None]
 
 
-def interval_of(rows: Sequence[EvalRow], key: str, *, base: bool = False) -> Interval:
+def interval_of(rows: Sequence[EvalRow], key: str, who: Who = "student") -> Interval:
     """The mean of a metric with its interval, whole spots resampled."""
-    pairs = [(row.unit, _value(row.base if base else row.student, key)) for row in rows]
-    known = [(unit, value) for unit, value in pairs if value is not None]
+    known = [(row.unit, value) for row in rows if (value := number(row.of(who), key)) is not None]
     return mean_interval([value for _, value in known], groups=[unit for unit, _ in known])
 
 
 def worst(rows: Sequence[EvalRow], most: int = 10) -> list[EvalRow]:
-    """The rows least like their reference, then those with a broken contract and missing facts."""
-
-    def badness(row: EvalRow) -> tuple[float, float, float]:
-        get = row.student
-        return (
-            _value(get, "char_f1") or 0.0,
-            _value(get, "fact_recall") or 0.0,
-            -(_value(get, "unsupported_facts") or 0.0),
-        )
-
-    return sorted((row for row in rows if why_bad(row)), key=badness)[:most]
+    """The rows with most wrong in them."""
+    bad = [row for row in rows if why_bad(row)]
+    return sorted(bad, key=lambda row: -failures.badness(row.student))[:most]
 
 
 def why_bad(row: EvalRow) -> list[str]:
     """What is wrong with a row's answer, in words; nothing where it is as it should be."""
-    get = row.student
-    reasons = []
-    if get.get("finish_reason") not in (None, "stop", "eos"):
-        reasons.append(f"ended by {get['finish_reason']}")
-    if get.get("contract_valid") is False:
-        reasons.append("breaks its contract")
-    recall = _value(get, "fact_recall")
-    if recall is not None and recall < 0.5:
-        reasons.append(f"states {recall:.0%} of the facts")
-    claims = _value(get, "unsupported_facts")
-    if claims:
-        reasons.append(f"{claims:.0f} unsupported claim{'' if claims == 1 else 's'}")
-    likeness = _value(get, "char_f1")
-    if likeness is not None and likeness < 0.5:
-        reasons.append("little in common with the reference")
-    return reasons
+    return failures.why_bad(row.student, row.teacher)
 
 
 def verdict(difference: dict[str, Any] | None, rows: int, spots: int) -> dict[str, Any]:
@@ -202,47 +231,60 @@ def label(key: str) -> str:
 
 def _compare(rows: Sequence[EvalRow]) -> dict[str, Any]:
     compared = [row for row in rows if row.base is not None]
+    taught = [row for row in rows if row.teacher is not None]
     return {
         "rows": len(rows),
+        "spots": len({row.spot for row in rows if row.spot}),
         "student": _figures(rows),
-        "base": _figures(compared, base=True) if compared else None,
-        "difference": _differences(compared) if compared else None,
+        "base": _figures(compared, "base") if compared else None,
+        "teacher": _means(taught, "teacher") if taught else None,
+        "difference": _differences(compared, "base") if compared else None,
+        "teacher_difference": _differences(taught, "teacher") if taught else None,
     }
 
 
-def _figures(rows: Sequence[EvalRow], *, base: bool = False) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for metric in METRICS:
-        interval = interval_of(rows, metric.key, base=base)
-        if interval.rows:
-            figures[metric.key] = {
-                "mean": interval.mean,
-                "ci95": [interval.low, interval.high],
-                "rows": interval.rows,
-            }
-    for key in RUNTIME:
-        values = values_of(rows, key, base=base)
+def _figures(rows: Sequence[EvalRow], who: Who = "student") -> dict[str, Any]:
+    figures = _means(rows, who)
+    for key in SPREADS:
+        values = values_of(rows, key, who)
         if values:
             figures[key] = {
                 "mean": fmean(values),
                 "p50": percentile(values, 0.5),
                 "p95": percentile(values, 0.95),
             }
-    ended = [(row.base or {}) if base else row.student for row in rows]
-    figures["finish_reasons"] = dict(Counter(str(get.get("finish_reason")) for get in ended).most_common())
+    figures["finish_reasons"] = dict(
+        Counter(str(row.of(who).get("finish_reason")) for row in rows).most_common()
+    )
     return figures
 
 
-def _differences(rows: Sequence[EvalRow]) -> dict[str, Any]:
+def _means(rows: Sequence[EvalRow], who: Who) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for metric in (*METRICS, *ALIASES):
+        interval = interval_of(rows, metric.key, who)
+        if interval.rows:
+            figures[metric.key] = {
+                "mean": interval.mean,
+                "ci95": [interval.low, interval.high],
+                "rows": interval.rows,
+            }
+    return figures
+
+
+def _differences(rows: Sequence[EvalRow], other: Who) -> dict[str, Any]:
+    """What the student gains over another, over the rows where both have a metric."""
     differences: dict[str, Any] = {}
     for metric in METRICS:
-        pairs = [(_value(row.student, metric.key), _value(row.base, metric.key), row.unit) for row in rows]
-        known = [(one, other, unit) for one, other, unit in pairs if one is not None and other is not None]
+        pairs = [
+            (number(row.student, metric.key), number(row.of(other), metric.key), row.unit) for row in rows
+        ]
+        known = [(one, two, unit) for one, two, unit in pairs if one is not None and two is not None]
         if not known:
             continue
         found = paired_difference(
             [one for one, _, _ in known],
-            [other for _, other, _ in known],
+            [two for _, two, _ in known],
             groups=[unit for _, _, unit in known],
             lower_is_better=metric.lower_is_better,
         )
@@ -254,34 +296,70 @@ def _differences(rows: Sequence[EvalRow]) -> dict[str, Any]:
     return differences
 
 
+def _judged(rows: Sequence[EvalRow]) -> dict[str, Any] | None:
+    """What a judge said: how often the student won, and how much the order of the answers had to do with it."""
+    judged = [(row, row.judge) for row in rows if row.judge and row.judge.keys() >= _JUDGED]
+    if not judged:
+        return None
+    scores = [float(one["score"]) for _, one in judged]
+    won = mean_interval(scores, groups=[row.unit for row, _ in judged])
+    against_even = paired_difference(scores, [0.5] * len(scores), groups=[row.unit for row, _ in judged])
+    first = sum((one["student_first"] == "student") + (one["student_second"] == "other") for _, one in judged)
+    second = sum(
+        (one["student_first"] == "other") + (one["student_second"] == "student") for _, one in judged
+    )
+    return {
+        "by": sorted({str(one.get("by")) for _, one in judged}),
+        "against": sorted({str(one.get("against")) for _, one in judged}),
+        "pairs": len(judged),
+        "won": scores.count(1.0),
+        "ties": scores.count(0.5),
+        "lost": scores.count(0.0),
+        "score": {"mean": won.mean, "ci95": [won.low, won.high]},
+        "verdict": against_even.verdict,
+        "same_in_both_orders": fmean(one["student_first"] == one["student_second"] for _, one in judged),
+        "first_preferred": first / (first + second) if first + second else None,
+    }
+
+
+def _failures(rows: Sequence[EvalRow]) -> dict[str, Any]:
+    """How many rows have something wrong, what it is, and which keys of the contracts break."""
+    reasons = [[_VARYING.sub("…", reason) for reason in why_bad(row)] for row in rows]
+    keys = Counter(
+        str(row.student["contract_key"]) for row in rows if row.student.get("contract_key") is not None
+    )
+    return {
+        "rows": sum(map(bool, reasons)),
+        "reasons": dict(Counter(reason for found in reasons for reason in found).most_common()),
+        "contract_keys": dict(keys.most_common()),
+    }
+
+
 def _reference(row: EvalRow) -> dict[str, Any]:
     return {
         "id": row.id,
         "spot": row.spot,
         "type": row.type,
-        "char_f1": _value(row.student, "char_f1"),
+        "char_f1": number(row.student, "char_f1"),
         "why": why_bad(row),
     }
 
 
 def _row(value: dict[str, Any], number: int) -> EvalRow:
-    base = value.get("base_metrics")
+    others = {key: value.get(key) for key in ("base_metrics", "reference_metrics", "judge")}
+    known = {key: one for key, one in others.items() if isinstance(one, dict)}
     return EvalRow(
         id=str(value.get("id") or f"line {number}"),
         spot=_text(value.get("spot")),
         province=_text(value.get("province")),
         type=_text(value.get("type")) or "untyped",
         student=value["metrics"],
-        base=base if isinstance(base, dict) else None,
+        base=known.get("base_metrics"),
+        teacher=known.get("reference_metrics"),
+        judge=known.get("judge"),
+        leaked=value.get("leaked") is True,
     )
 
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
-
-
-def _value(metrics: dict[str, Any] | None, key: str) -> float | None:
-    value = (metrics or {}).get(key)
-    if not isinstance(value, bool | int | float) or not math.isfinite(value):
-        return None
-    return float(value)

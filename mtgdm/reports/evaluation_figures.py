@@ -26,10 +26,12 @@ from mtgdm.charts.style import (
     panel,
     stacked,
 )
-from mtgdm.reports.evaluation import METRICS, EvalRow, Evaluation, Metric, interval_of, values_of
+from mtgdm.reports.evaluation import METRICS, EvalRow, Evaluation, Metric, Who, interval_of, values_of
 from mtgdm.reports.values import counted
 from mtgdm.scoring.statistics import percentile
 
+DRAWN: tuple[tuple[Who, str], ...] = (("base", BASE), ("student", STUDENT))
+"""Who stands in the charts, in the order of drawing."""
 MOST_TYPES = 4
 """More prompt types than this do not fit side by side; the JSON and the page have them all."""
 MOST_ROWS = 3000
@@ -47,11 +49,12 @@ def quality_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
         sizes = sorted(evaluation.types, key=lambda name: -len(evaluation.of_type(name)))[:MOST_TYPES]
         columns += [(name, evaluation.of_type(name)) for name in evaluation.types if name in sizes]
     unseen = len(evaluation.types) - len(columns) + 1 if len(columns) > 1 else 0
+    charted = [metric for metric in METRICS if metric.charted]
     shares = [
-        metric for metric in METRICS if not metric.lower_is_better and values_of(evaluation.rows, metric.key)
+        metric for metric in charted if not metric.lower_is_better and values_of(evaluation.rows, metric.key)
     ]
     counts = [
-        metric for metric in METRICS if metric.lower_is_better and values_of(evaluation.rows, metric.key)
+        metric for metric in charted if metric.lower_is_better and values_of(evaluation.rows, metric.key)
     ]
     subtitle = _subtitle(evaluation) + " · mean with 95 % interval, spots resampled"
     subtitle += f" · {counted(unseen, 'smaller type')} left out" if unseen else ""
@@ -206,8 +209,8 @@ def _histogram(
     panel(chart, number, "", x=across, y=band, x_axis=x_axis, y_axis={"nticks": 4, "rangemode": "tozero"})
     if labels:
         chart["layout"][f"yaxis{number}"]["title"] = {"text": "rows", "font": {"size": 12, "color": SOFT_INK}}
-    for base, color, name in ((True, BASE, "base"), (False, STUDENT, "student")):
-        values = values_of(rows, "char_f1", base=base)
+    for name, color in DRAWN:
+        values = values_of(rows, "char_f1", name)
         if values:
             chart["data"].append(_bars(values, 0.0, 0.05, 20, number, color, name))
     _keep_axes(chart, number)
@@ -224,7 +227,7 @@ def _spread_panel(
 ) -> None:
     """A histogram of student and base, the student's median and 95th percentile marked."""
     student = values_of(evaluation.rows, key)
-    base = values_of(evaluation.rows, key, base=True)
+    base = values_of(evaluation.rows, key, "base")
     every = student + base
     if not every:
         panel(chart, number, title, x=across, y=band)
@@ -275,13 +278,13 @@ def _course_panel(
     names: int = 0,
 ) -> None:
     """A dot a row in the order of evaluation, with the running median of the student."""
-    every = values_of(evaluation.rows, key) + values_of(evaluation.rows, key, base=True)
+    every = values_of(evaluation.rows, key) + values_of(evaluation.rows, key, "base")
     y_axis = {"range": [0, max(every, default=1.0) * 1.15 or 1.0], "nticks": 5}
     panel(chart, number, title, y=band, y_axis=y_axis, x_axis={"range": [0, len(evaluation.rows) + 1]})
     stride = max(1, math.ceil(len(evaluation.rows) / MOST_ROWS))
     drawn = list(enumerate(evaluation.rows, start=1))[::stride]
-    for base, color, name in ((True, BASE, "base"), (False, STUDENT, "student")):
-        points = [(place, value, row) for place, row in drawn for value in values_of([row], key, base=base)]
+    for name, color in DRAWN:
+        points = [(place, value, row) for place, row in drawn for value in values_of([row], key, name)]
         if not points:
             continue
         chart["data"].append(
@@ -306,7 +309,7 @@ def _course_panel(
                 "cliponaxis": False,
             }
         )
-        if not base:
+        if name == "student":
             chart["data"].append(_running_median(points, number))
             if len(points) <= MOST_ROWS_NAMED:
                 _name_slowest(chart, number, points, names)
@@ -470,8 +473,9 @@ def _intervals(
     rows: Sequence[EvalRow], metric: Metric
 ) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:
     found = []
-    for base in (False, True):
-        one = interval_of(rows, metric.key, base=base)
+    order: tuple[Who, Who] = ("student", "base")
+    for who in order:
+        one = interval_of(rows, metric.key, who)
         found.append((one.mean, one.low, one.high) if one.rows else None)
     return found[0], found[1]
 

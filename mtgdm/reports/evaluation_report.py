@@ -29,10 +29,17 @@ SPEEDS = (
     ("tokens_per_s", "tokens a second"),
     ("output_tokens", "output tokens"),
     ("prompt_tokens", "prompt tokens"),
+    ("length_ratio", "length, the reference's is 1"),
 )
 TONES = {"better": "good", "worse": "bad", "too few rows to tell": ""}
+SIGNS = {"better": " ↑", "worse": " ↓", "too few rows to tell": ""}
+"""Behind the means of a group: whether the student is better or worse than its base there."""
+BY_PROVINCE = ("char_f1", "contract_valid", "fact_recall", "unsupported_facts")
+PROVINCES_SHOWN = 12
 WORST_SHOWN = 8
 TYPICAL_SHOWN = 4
+WHO = ("base", "student", "teacher")
+SIGNS_MEAN = "The student's means, the base's before the arrow. Told apart from its base: ↑ better, ↓ worse."
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,18 @@ def evaluation_report(
             f"{counted(leaked, 'row')} of {len(evaluation.rows):,} are about spots the student was trained on: "
             "the figures say little about spots it does not know",
         )
-    model = next((one.model for one in found.values()), None)
+    if evaluation.refused:
+        evaluation.notes.append(
+            f"{counted(evaluation.refused, 'row')} could not be asked and stand in no figure"
+        )
+    model = " and ".join(evaluation.models) or next((one.model for one in found.values()), None)
     data = {
         "kind": "eval",
         "created": when,
         "model": model,
         "metrics_file": source,
         "leaked_rows": leaked,
+        "refused_rows": evaluation.refused,
         **describe(evaluation),
     }
     title = f"Eval report · {when}"
@@ -77,7 +89,7 @@ def evaluation_report(
         title=title,
         data=data,
         markdown=lambda links: _markdown(title, data, links),
-        body=_body(data, source, when, _examples(bad, typical, found)),
+        body=_body(data, source, when, _examples(data, bad, typical, found)),
         charts={"quality": quality_figure(evaluation), "runtime": runtime_figure(evaluation)},
         page_charts={
             "quality-narrow": quality_figure(evaluation, narrow=True),
@@ -100,19 +112,18 @@ def headline(data: Mapping[str, Any]) -> str:
     return f"student beats its base on {better} of {len(difference)} metrics ({of}){gain}"
 
 
-def comparison(data: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Rows of the table base against student: metric, base, student, difference, verdict."""
-    student, base, difference = data["student"], data["base"] or {}, data["difference"] or {}
-    rows = []
-    for metric in METRICS:
-        if metric.key not in student:
-            continue
+def comparison(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the table base against student: metric, base, student, teacher, difference to the base, verdict."""
+    base, teacher, difference = data["base"] or {}, data["teacher"] or {}, data["difference"] or {}
+    rows: list[tuple[str, ...]] = []
+    for metric in _present(data):
         gain = difference.get(metric.key)
         rows.append(
             (
                 metric.label,
                 _mean(base.get(metric.key)),
-                _mean(student[metric.key]),
+                _mean(data["student"][metric.key]),
+                _mean(teacher.get(metric.key)),
                 _signed(gain) if gain else "–",
                 gain["verdict"] if gain else "–",
             )
@@ -120,22 +131,54 @@ def comparison(data: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
-def short_comparison(data: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+def short_comparison(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The same for a terminal of 80 columns, the interval beside the student alone."""
-    base = data["base"] or {}
-    rows = []
-    for metric, (_, _, _, _, verdict) in zip(_present(data), comparison(data), strict=True):
-        now, before = data["student"][metric.key], base.get(metric.key)
-        rows.append(
-            (
-                metric.label,
-                shown(before["mean"]) if before else "–",
-                shown(now["mean"]),
-                span(now["ci95"]),
-                verdict,
-            )
-        )
+    rows: list[tuple[str, ...]] = []
+    for metric in _present(data):
+        means = [shown(one["mean"]) if (one := _figure(data, who, metric.key)) else "–" for who in WHO]
+        gain = (data["difference"] or {}).get(metric.key)
+        interval = span(data["student"][metric.key]["ci95"])
+        rows.append((metric.label, *means, interval, gain["verdict"] if gain else "–"))
     return rows
+
+
+def against_teacher(data: Mapping[str, Any]) -> str | None:
+    """How far the student is from its teacher, in a sentence; None where the metrics do not say."""
+    differences = data["teacher_difference"]
+    if not differences:
+        return None
+    groups = {"better": "better than its teacher on", "worse": "behind its teacher on"}
+    parts = []
+    for verdict, words in groups.items():
+        found = [
+            f"{label(key)} {_signed(gain)}" for key, gain in differences.items() if gain["verdict"] == verdict
+        ]
+        if found:
+            parts.append(f"{words} {', '.join(found)}")
+    unclear = [label(key) for key, gain in differences.items() if gain["verdict"] not in groups]
+    if unclear:
+        parts.append(f"no difference to its teacher can be told on {', '.join(unclear)}")
+    return "; ".join(parts)
+
+
+def judged(data: Mapping[str, Any]) -> str | None:
+    """What the judge said, in a sentence; None where none was asked."""
+    found = data["judge"]
+    if not found:
+        return None
+    first = found["first_preferred"]
+    bias = "" if first is None else f", the answer shown first was preferred in {first:.0%} of the verdicts"
+    by, against = (" and ".join(found[key]) for key in ("by", "against"))
+    return (
+        f"{by} preferred the student to its {against} in {found['won']:,} of {counted(found['pairs'], 'pair')}, "
+        f"{found['ties']:,} ties, {found['lost']:,} lost: score {_mean(found['score'])}, {found['verdict']}; "
+        f"both orders agree on {found['same_in_both_orders']:.0%}{bias}"
+    )
+
+
+def _figure(data: Mapping[str, Any], who: str, key: str) -> Mapping[str, Any] | None:
+    found: Mapping[str, Any] | None = (data[who] or {}).get(key)
+    return found
 
 
 def speeds(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -161,34 +204,44 @@ def _markdown(title: str, data: Mapping[str, Any], links: Mapping[str, str]) -> 
         "",
     ]
     lines += [
-        "| metric | base (95 % interval) | student (95 % interval) | student − base | verdict |",
-        "|---|---|---|---|---|",
+        "| metric | base (95 % interval) | student (95 % interval) | teacher | student − base | verdict |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [f"| {' | '.join(row)} |" for row in comparison(data)]
     lines += ["", *(f"- **{metric.label}**: {metric.meaning}" for metric in _present(data)), ""]
-    lines += _picture("quality", links)
-    if len(data["by_type"]) > 1:
-        names = list(data["by_type"])
-        lines += ["## By prompt type", "", f"| student | {' | '.join(map(_cell, names))} |"]
-        lines += [f"|---|{'---|' * len(names)}"]
-        lines += [f"| {' | '.join(row)} |" for row in _by_type(data)]
-        lines += [""]
-    lines += ["## Speed", "", "| | base mean | p50 | p95 | student mean | p50 | p95 |", "|---|" + "---:|" * 6]
-    lines += [f"| {' | '.join(row)} |" for row in speeds(data)]
-    lines += ["", *_picture("runtime", links)]
     if data["worst_rows"]:
         lines += [
             "## Where it fails",
+            "",
+            f"{counted(data['failures']['rows'], 'row')} of {data['rows']:,} have something wrong:",
+            "",
+            *(f"- {count:,} × {reason}" for reason, count in data["failures"]["reasons"].items()),
             "",
             "| spot | type | character F1 | why | row |",
             "|---|---|---:|---|---|",
         ]
         lines += [
             f"| {_cell(row['spot'] or '–')} | {_cell(row['type'])} | {shown(row['char_f1'])} "
-            f"| {', '.join(row['why'])} | `{row['id']}` |"
+            f"| {_cell(', '.join(row['why']))} | `{row['id']}` |"
             for row in data["worst_rows"]
         ]
         lines += [""]
+    lines += _picture("quality", links)
+    if len(data["by_type"]) > 1:
+        names = list(data["by_type"])
+        lines += ["## By prompt type", "", SIGNS_MEAN, "", f"| student | {' | '.join(map(_cell, names))} |"]
+        lines += [f"|---|{'---|' * len(names)}"]
+        lines += [f"| {' | '.join(row)} |" for row in _by_type(data)]
+        lines += [""]
+    if len(data["by_province"]) > 1:
+        columns, cells = _by_province(data)
+        lines += ["## By province", "", _provinces_lead(data), "", f"| {' | '.join(columns)} |"]
+        lines += [f"|---|{'---|' * (len(columns) - 1)}"]
+        lines += [f"| {' | '.join(map(_cell, row))} |" for row in cells]
+        lines += [""]
+    lines += ["## Speed", "", "| | base mean | p50 | p95 | student mean | p50 | p95 |", "|---|" + "---:|" * 6]
+    lines += [f"| {' | '.join(row)} |" for row in speeds(data)]
+    lines += ["", *_picture("runtime", links)]
     if data["notes"]:
         lines += ["## Notes", "", *(f"- {note}" for note in data["notes"]), ""]
     return "\n".join([*lines, f"Made from `{data['metrics_file']}`.", ""])
@@ -200,27 +253,30 @@ def _body(data: Mapping[str, Any], source: str, when: str, examples: Sequence[st
     rows = [
         (
             f"{page.escape(metric)}<br><small class='meaning'>{page.escape(meaning.meaning)}</small>",
-            *(_spanned(cell) for cell in (base, student, gain)),
+            *map(_spanned, cells),
             page.tagged(verdict, TONES.get(verdict, "")) if verdict != "–" else "–",
         )
-        for (metric, base, student, gain, verdict), meaning in zip(
-            comparison(data), _present(data), strict=True
-        )
+        for (metric, *cells, verdict), meaning in zip(comparison(data), _present(data), strict=True)
     ]
-    columns = ["metric", "base", "student", "student − base", "verdict"]
+    columns = ["metric", "base", "student", "teacher", "student − base", "verdict"]
     lead = "Means over the rows, with 95 % intervals; the difference is taken row by row."
     body.append(page.section("Base against student", lead, page.table(columns, rows)))
+    body += examples[:1]
     body.append(page.chart("quality", *QUESTIONS["quality"]))
     if len(data["by_type"]) > 1:
         cells = [tuple(page.escape(cell) for cell in row) for row in _by_type(data)]
         columns = ["metric", *(f"#{name}" for name in data["by_type"])]
-        lead = "The student's means; the base's before the arrow."
-        body.append(page.section("By prompt type", lead, page.table(columns, cells)))
+        body.append(page.section("By prompt type", SIGNS_MEAN, page.table(columns, cells)))
+    if len(data["by_province"]) > 1:
+        columns, provinces = _by_province(data)
+        cells = [tuple(page.escape(cell) for cell in row) for row in provinces]
+        names = [columns[0], *(f"#{name}" for name in columns[1:])]
+        body.append(page.section("By province", _provinces_lead(data), page.table(names, cells)))
     body.append(page.chart("runtime", *QUESTIONS["runtime"]))
     columns = ["", "#base mean", "#p50", "#p95", "#student mean", "#p50", "#p95"]
     cells = [tuple(page.escape(cell) for cell in row) for row in speeds(data)]
-    body.append(page.section("Speed in figures", "", page.table(columns, cells)))
-    body += examples
+    body.append(page.section("Speed and length in figures", "", page.table(columns, cells)))
+    body += examples[1:]
     if data["notes"]:
         items = "".join(f"<li>{page.escape(note)}</li>" for note in data["notes"])
         body.append(page.section("Notes", "", f"<ul>{items}</ul>"))
@@ -228,18 +284,24 @@ def _body(data: Mapping[str, Any], source: str, when: str, examples: Sequence[st
     return body
 
 
-def _examples(bad: Sequence[EvalRow], typical: Sequence[EvalRow], found: Mapping[str, Example]) -> list[str]:
-    """The rows to look at: the worst, then typical ones, with their texts where they are at hand."""
-    body = []
+def _examples(
+    data: Mapping[str, Any], bad: Sequence[EvalRow], typical: Sequence[EvalRow], found: Mapping[str, Example]
+) -> list[str]:
+    """The rows to look at: the worst, then typical ones, with their texts where they are at hand; may be empty."""
+    failed = fine = ""
     if bad:
-        lead = "The rows least like their reference. Marked is what leaves it."
-        body.append(page.section("Where it fails", lead, *(_example(row, found.get(row.id)) for row in bad)))
+        reasons = "".join(
+            f"<li>{count:,} × {page.escape(reason)}</li>"
+            for reason, count in data["failures"]["reasons"].items()
+        )
+        of = f"{counted(data['failures']['rows'], 'row')} of {data['rows']:,}"
+        lead = f"{of} have something wrong; these are the worst. Marked is what leaves the reference."
+        rows = (_example(row, found.get(row.id)) for row in bad)
+        failed = page.section("Where it fails", lead, f"<ul>{reasons}</ul>", *rows)
     if typical and found:
         lead = "Rows in the middle of the field, one of each prompt type."
-        body.append(
-            page.section("Typical answers", lead, *(_example(row, found.get(row.id)) for row in typical))
-        )
-    return body
+        fine = page.section("Typical answers", lead, *(_example(row, found.get(row.id)) for row in typical))
+    return [failed, fine]
 
 
 def _example(row: EvalRow, texts: Example | None) -> str:
@@ -327,19 +389,40 @@ def _about(data: Mapping[str, Any]) -> list[str]:
     for name, key in (("better", "better"), ("worse", "worse"), ("too few rows to tell", "unclear")):
         if data["verdict"][key]:
             lines.append(f"{name}: {', '.join(label(metric) for metric in data['verdict'][key])}")
-    return lines
+    return [*lines, *(line for line in (against_teacher(data), judged(data)) if line)]
 
 
 def _by_type(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("rows", *(f"{one['rows']:,}" for one in data["by_type"].values()))]
     for metric in _present(data):
-        cells = []
-        for one in data["by_type"].values():
-            now, before = one["student"].get(metric.key), (one["base"] or {}).get(metric.key)
-            arrow = f"{before['mean']:.2f} → " if now and before else ""
-            cells.append(f"{arrow}{now['mean']:.2f}" if now else "–")
-        rows.append((metric.label, *cells))
+        rows.append((metric.label, *(_of_group(one, metric.key) for one in data["by_type"].values())))
     return rows
+
+
+def _by_province(data: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Columns and rows of the provinces with most rows."""
+    keys = [key for key in BY_PROVINCE if key in data["student"]]
+    rows = [
+        (name, f"{one['rows']:,}", f"{one['spots']:,}", *(_of_group(one, key) for key in keys))
+        for name, one in list(data["by_province"].items())[:PROVINCES_SHOWN]
+    ]
+    return ["province", "rows", "spots", *map(label, keys)], rows
+
+
+def _provinces_lead(data: Mapping[str, Any]) -> str:
+    more = len(data["by_province"]) - PROVINCES_SHOWN
+    left = f" The {PROVINCES_SHOWN} with most rows; {more} more stand in the JSON." if more > 0 else ""
+    return f"{SIGNS_MEAN}{left} Among many groups one in twenty is told apart by chance."
+
+
+def _of_group(group: Mapping[str, Any], key: str) -> str:
+    """The base's mean, the student's, and a sign where the rows tell which is better."""
+    now, before = group["student"].get(key), (group["base"] or {}).get(key)
+    if not now:
+        return "–"
+    gain = (group["difference"] or {}).get(key)
+    arrow = f"{before['mean']:.2f} → " if before else ""
+    return f"{arrow}{now['mean']:.2f}{SIGNS[gain['verdict']] if gain else ''}"
 
 
 def _title(data: Mapping[str, Any]) -> str:

@@ -36,7 +36,13 @@ class EvalReportConfig(ReportSettings):
 def run(config: EvalReportConfig, context: Context) -> Result:
     """Report on an evaluation: student against base with intervals, by type, speed, worst rows."""
     from mtgdm.reports.evaluation import read_evaluation
-    from mtgdm.reports.evaluation_report import evaluation_report, headline, short_comparison
+    from mtgdm.reports.evaluation_report import (
+        against_teacher,
+        evaluation_report,
+        headline,
+        judged,
+        short_comparison,
+    )
     from mtgdm.reports.publish import publish, say_where
 
     if not config.latest and config.metrics is None:
@@ -49,7 +55,7 @@ def run(config: EvalReportConfig, context: Context) -> Result:
         evaluation,
         source=manifest.relative(metrics, context.workspace),
         outputs=config.eval_outputs,
-        leaked=_leaked(config.eval_outputs, len(evaluation.rows)),
+        leaked=evaluation.leaked or _leaked(config.eval_outputs, len(evaluation.rows)),
         when=context.started.strftime("%Y-%m-%d %H:%M:%S"),
     )
     files = publish(
@@ -61,8 +67,11 @@ def run(config: EvalReportConfig, context: Context) -> Result:
         chart_timeout_s=config.chart_timeout_s,
         require_png=config.require_png,
     )
-    columns = ["metric", "#base", "#student", "95 % interval", "verdict"]
+    columns = ["metric", "#base", "#student", "#teacher", "95 % interval", "verdict"]
     context.terminal.table(columns, short_comparison(report.data))
+    for line in (against_teacher(report.data), judged(report.data)):
+        if line:
+            context.print(f"· {line}")
     for note in evaluation.notes:
         context.print(f"· {note}")
     say_where(files, context)
@@ -71,7 +80,7 @@ def run(config: EvalReportConfig, context: Context) -> Result:
 
 
 def _leaked(eval_outputs: Path, rows: int) -> int:
-    """How many rows `eval --allow-leak` let through, as the manifest of the same evaluation has it."""
+    """The same of an earlier version of mtgdm, whose rows do not say it, as the manifest of the evaluation has it."""
     made = manifest.read(eval_outputs)
     if made is None or made.counts.get("rows") != rows:
         return 0

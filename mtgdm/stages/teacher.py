@@ -196,7 +196,6 @@ def _ask(
         started = time.monotonic()
         loop = Loop(
             asked,
-            context.domain,
             backend.settings,
             judge,
             answered_before=bool(ledger.kept_ids),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import psutil
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
 from mtgdm.errors import UserError
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _SAVE_MEMORY = "a smaller --batch or --max-new-tokens, --load-in-4bit"
+
+FOR_THE_CACHE = 0.5
+"""Share of the free memory that the keys and values of a batch may take."""
+MOST_ON_CPU = 32
+MOST_ON_GPU = 128
+"""More rows at once bring little: the tokens of a row then take as long as those of all."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,11 @@ def answers(
     """Answers batch by batch with the place of their prompts; the longest prompts come first.
 
     Rows of like length share a batch, so little is padded; in float32 every answer is the one that the
-    prompt gets alone. A batch that does not fit is halved and asked again.
+    prompt gets alone. `batch` 0 takes as many rows as memory has room for; a batch that does not fit all
+    the same is halved and asked again.
     """
-    for places, found in Batches(batch).run(
+    size = batch or fitting(model, max((len(prompt) for prompt in prompts), default=0) + max_new_tokens)
+    for places, found in Batches(size).run(
         prompts,
         lambda places: _batch(model, chat, [prompts[place] for place in places], max_new_tokens),
     ):
@@ -91,6 +101,23 @@ class Batches:
             # Only here is the error gone, whose frames held the tensors.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def fitting(model: PreTrainedModel | PeftModel, tokens: int) -> int:
+    """How many rows of so many tokens memory has room for, in powers of two up to a most.
+
+    What a row takes is its keys and values in every layer; what the activations of a step take beside them
+    is left to the other half of the memory that is free.
+    """
+    on_cpu = model.device.type == "cpu"
+    free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info(model.device)[0]
+    about: Any = model.config.get_text_config()
+    heads = getattr(about, "num_key_value_heads", None) or about.num_attention_heads
+    size = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
+    width = 4 if model.dtype == torch.float32 else 2
+    row_bytes = 2 * about.num_hidden_layers * heads * size * width * max(1, tokens)
+    rows = min(MOST_ON_CPU if on_cpu else MOST_ON_GPU, int(free * FOR_THE_CACHE) // row_bytes)
+    return int(2 ** max(0, int(rows).bit_length() - 1))
 
 
 def _batch(
@@ -169,26 +196,52 @@ def load(
     """A model to generate with: a checkpoint's adapter over its base, or a model as it is."""
     if not base.is_adapter(source):
         model = base.load_model(source, name, placement, load_in_4bit=load_in_4bit)
-        return _ready(model)
+        return ready(model)
     base.check_folder(source)
     base_name = base.base_of(source)
     model = base.load_model(
         base.locate(base_name, workspace), base_name, placement, load_in_4bit=load_in_4bit
     )
-    return _ready(with_adapter(model, source, base_name))
+    return ready(with_adapter(model, source, base_name))
 
 
 def with_adapter(model: PreTrainedModel, source: str, base_name: str) -> PeftModel:
     """The adapter of a checkpoint over its loaded base; UserError where the two do not fit."""
+    hint = "was it trained on another model? `base_model` in training.json names it"
     try:
         adapted: PeftModel = PeftModel.from_pretrained(model, source)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise UserError(
             f"the adapter does not fit its base {base_name}: {str(error).strip().splitlines()[0]}",
             where=source,
-            hint="was it trained on another model? `base_model` in training.json names it",
+            hint=hint,
         ) from error
+    # PEFT only warns where the base takes more than the adapter has, and says nothing where it takes less.
+    has, takes = (
+        _adapter_tensors(source),
+        _lora(get_peft_model_state_dict(adapted, save_embedding_layers=False)),
+    )
+    if has is not None and has != takes:
+        raise UserError(
+            f"the adapter does not fit its base {base_name}: it holds {len(has):,} tensors, "
+            f"{len(has & takes):,} of the {len(takes):,} that this base takes",
+            where=source,
+            hint=hint,
+        )
     return adapted
+
+
+def _adapter_tensors(source: str) -> set[str] | None:
+    """The names of an adapter's tensors; None where they do not lie in a safetensors file."""
+    path = Path(source) / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        return _lora(file.keys())
+
+
+def _lora(names: Iterable[str]) -> set[str]:
+    return {name for name in names if "lora_" in name}
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
@@ -196,10 +249,11 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     if not isinstance(model, PeftModel) or getattr(model.get_base_model(), "is_loaded_in_4bit", False):
         return model
     whole: PreTrainedModel = model.merge_and_unload()
-    return _ready(whole)
+    return ready(whole)
 
 
-def _ready(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+def ready(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """The model as it is asked: no dropout, a cache, and no settings of its own."""
     model.eval()
     model.config.use_cache = True
     # Sampling settings of a model's own file would be warned of at every greedy call.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from mtgdm.domain import FactCheck, answer_problem
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from mtgdm.domain import Domain, Script
     from mtgdm.rows import Row
 
@@ -36,8 +38,25 @@ class Judgement:
     facts: FactCheck | None = None
 
 
+class Standard(Protocol):
+    """What the request loop asks about each row: the form of its answer, and whether an answer will do."""
+
+    takes_all: ClassVar[bool]
+    """Whether every answer is taken as it came, a cut or an empty one too: then none is asked for again."""
+
+    def contract(self, row: Row) -> type[BaseModel] | None:
+        """The model that the answer to this row is held to; None for prose."""
+        ...
+
+    def judge(self, row: Row, text: str) -> Judgement:
+        """What is wrong with an answer."""
+        ...
+
+
 class Judge:
-    """Judges answers as they come."""
+    """Judges a teacher's answers as they come."""
+
+    takes_all: ClassVar[bool] = False
 
     def __init__(
         self, domain: Domain, *, min_fact_recall: float = 0.0, max_unsupported: int | None = None
@@ -46,6 +65,10 @@ class Judge:
         self._domain = domain
         self._min_fact_recall = round(min_fact_recall, RECALL_DIGITS)
         self._max_unsupported = max_unsupported
+
+    def contract(self, row: Row) -> type[BaseModel] | None:
+        """The contract of the row's type."""
+        return None if row.type is None else self._domain.contract(row.type)
 
     def judge(self, row: Row, text: str) -> Judgement:
         """What is wrong with an answer to this row's prompt, the gravest first."""

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 
 from mtgdm.teachers.cleaning import cleaned
 from mtgdm.teachers.endpoints import Endpoint, Endpoints, doubled
-from mtgdm.teachers.judgement import Judge
+from mtgdm.teachers.judgement import Standard
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from mtgdm.domain import Domain, FactCheck, Message
+    from mtgdm.domain import FactCheck, Message
     from mtgdm.rows import Row
     from mtgdm.teachers.seam import Backend, TeacherSettings
 
@@ -103,9 +103,8 @@ class Loop:
     def __init__(
         self,
         backends: Sequence[Backend],
-        domain: Domain,
         settings: TeacherSettings,
-        judge: Judge,
+        judge: Standard,
         *,
         answered_before: bool = False,
         say: Callable[[str], None] = lambda text: None,
@@ -116,7 +115,6 @@ class Loop:
         `say` hears of every retry, `warn` of what the user should look at.
         """
         self._endpoints = Endpoints(backends, settings.concurrency)
-        self._domain = domain
         self._settings = settings
         self._judge = judge
         self._say = say
@@ -195,7 +193,7 @@ class Loop:
         asking = _Asking(
             row,
             Options(settings.temperature, settings.top_p, settings.seed, settings.max_tokens, row),
-            self._domain.contract(row.type) if row.type is not None else None,
+            self._judge.contract(row),
             endpoint,
         )
         try:
@@ -217,6 +215,8 @@ class Loop:
     async def _answer(self, asking: _Asking, messages: list[Message]) -> str | None:
         """Ask, and say what is wrong with the answer."""
         completion = await self._retried(asking, messages)
+        if self._judge.takes_all:
+            return None
         if completion.finish_reason == "length":
             return f"the answer was cut at {completion.output_tokens or asking.options.max_tokens} tokens"
         if completion.finish_reason != "stop":
@@ -327,7 +327,7 @@ class Loop:
             self._endpoints.give_back(endpoint)
         asking.completion = completion
         asking.text = cleaned(completion.text, is_json=asking.contract is not None)
-        if not asking.text and completion.finish_reason != "length":
+        if not asking.text and completion.finish_reason != "length" and not self._judge.takes_all:
             raise Retryable("the answer is empty", another_seed=True)
         return completion
 

@@ -25,6 +25,7 @@ class Ollama(ServerBackend):
     kind: ClassVar[str] = "Ollama"
     start_hint: ClassVar[str] = "start it with `ollama serve`, or name it with --url"
     paths: ClassVar[tuple[str, ...]] = ("/api/chat", "/api", "/v1")
+    holds_to_schema = True
 
     _thinks = True
     """Whether `think: false` may be sent; a server that knows no such key for a model says so."""

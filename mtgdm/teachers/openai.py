@@ -38,7 +38,7 @@ class OpenAI(ServerBackend):
         super().__init__(settings, domain, transport=transport)
         if self._url.path == "/":
             self._url = self._url.copy_with(path="/v1")  # other paths (/api/v3) are taken as they are given
-        self._takes_schemas = True
+        self.holds_to_schema = True
         self._limit = "max_tokens"
         self._left_out: set[str] = set()
         """Keys that the server does not take."""
@@ -123,7 +123,7 @@ class OpenAI(ServerBackend):
         }
         for key in self._left_out:
             del request[key]
-        if contract is not None and self._takes_schemas:
+        if contract is not None and self.holds_to_schema:
             request["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {
@@ -142,7 +142,7 @@ class OpenAI(ServerBackend):
         """
         text = reply.text
         if "response_format" in request and any(word in text for word in _SCHEMA_WORDS):
-            self._takes_schemas = False
+            self.holds_to_schema = False
             return True
         if not any(word in text.lower() for word in _UNSUPPORTED_WORDS):
             return False

@@ -205,7 +205,6 @@ def _ask(work: Work, settings: TeacherSettings, judge: Judge, count: int, contex
 
         loop = Loop(
             backends(teacher, settings, context.domain),
-            context.domain,
             settings,
             judge,
             warn=context.terminal.warn,

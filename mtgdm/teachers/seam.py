@@ -139,6 +139,8 @@ class Backend(ABC):
     """Whether it is reached over `settings.url`: then one backend is made for each address."""
     timed: ClassVar[bool] = True
     """Whether an answer that takes longer than `timeout_s` is given up; work in this process is not."""
+    holds_to_schema: bool = False
+    """Whether a JSON answer is held to its contract while it is written; a server may turn out not to."""
 
     def __init__(self, settings: TeacherSettings, domain: Domain) -> None:
         """Keep the settings, open nothing; SettingError where one is missing.

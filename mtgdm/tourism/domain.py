@@ -36,6 +36,10 @@ class Tourism(Domain):
         """What is wrong with a bilingual answer."""
         return prose.problem(text) if prompt_type == "bilingual" else None
 
+    def languages_right(self, prompt_type: str, text: str) -> bool | None:
+        """Whether a bilingual answer is Chinese first and then English."""
+        return prose.languages_right(text) if prompt_type == "bilingual" else None
+
     def script(self, prompt_type: str) -> Script | None:
         """Chinese where the answer is JSON; the bilingual type has a check of its own."""
         return "Han" if prompt_type in templates.CONTRACTS else None

@@ -51,17 +51,8 @@ _ENGLISH_SUBJECTS = (
 def problem(text: str) -> str | None:
     """Why a text is no whole bilingual guide, or None."""
     chinese, english, cut = _halves(text)
-    han, words = len(_HAN.findall(chinese)), len(_WORD.findall(english))
-    if not _HAN.search(text):
-        return "there is no Chinese"
-    if not _WORD.search(text):
-        return "there is no English"
-    if cut < CHINESE_FIRST:
-        return "not Chinese first and then English"
-    if han < MIN_HAN:
-        return f"the Chinese part is too short: {han} characters, at least {MIN_HAN}"
-    if words < MIN_WORDS:
-        return f"the English part is too short: {words} words, at least {MIN_WORDS}"
+    if wrong := _languages_problem(text, chinese, english, cut):
+        return wrong
     if loop := _loop(text):
         return f"the text goes round in circles: '{loop}'"
     for part, language in ((chinese, "Chinese"), (english, "English")):
@@ -74,6 +65,26 @@ def problem(text: str) -> str | None:
         for subject, pattern in subjects:
             if not pattern.search(part):
                 return f"the {language} part says nothing of {subject}"
+    return None
+
+
+def languages_right(text: str) -> bool:
+    """Whether a text is Chinese first and then English, a few sentences of each at least."""
+    return _languages_problem(text, *_halves(text)) is None
+
+
+def _languages_problem(text: str, chinese: str, english: str, cut: float) -> str | None:
+    han, words = len(_HAN.findall(chinese)), len(_WORD.findall(english))
+    if not _HAN.search(text):
+        return "there is no Chinese"
+    if not _WORD.search(text):
+        return "there is no English"
+    if cut < CHINESE_FIRST:
+        return "not Chinese first and then English"
+    if han < MIN_HAN:
+        return f"the Chinese part is too short: {han} characters, at least {MIN_HAN}"
+    if words < MIN_WORDS:
+        return f"the English part is too short: {words} words, at least {MIN_WORDS}"
     return None
 
 

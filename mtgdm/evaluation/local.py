@@ -1,0 +1,252 @@
+"""A student in this process: an adapter over its base, a merged model, or any other, generated with PyTorch."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mtgdm import manifest
+from mtgdm.errors import UserError
+from mtgdm.evaluation.student import Keep, Refuse, Reply, Student, answer_limit, prompt_ids
+from mtgdm.evaluation.training import Training
+
+if TYPE_CHECKING:
+    from mtgdm.rows import Row
+    from mtgdm.student.chat import Chat
+
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+class Weights:
+    """Where a student's weights lie, and those of its base; everything that can be told without loading them.
+
+    `shown` is the name under which rows and messages have it: the path in the workspace, or as it was given.
+    """
+
+    def __init__(self, name: str, base_model: str | None, workspace: Path) -> None:
+        from mtgdm.student import base
+
+        self.source = base.locate(name, workspace)
+        path = Path(self.source)
+        inside = path.is_absolute() and path.is_relative_to(workspace)
+        self.shown = path.relative_to(workspace).as_posix() if inside else name
+        base.check_folder(self.source)
+        self.is_adapter = base.is_adapter(self.source)
+        self.training = Training.of(Path(self.source))
+        if self.is_adapter:
+            named = _named_base(Path(self.source))
+            if self.training is not None:
+                self.training.check_base(named)
+            base_model = base_model or base.base_of(self.source)
+        self.base_model = base_model
+        self.base_source = None if base_model is None else self._base(base_model, workspace)
+
+    def _base(self, base_model: str, workspace: Path) -> str:
+        from mtgdm.student import base
+
+        try:
+            source = base.locate(base_model, workspace)
+        except UserError as error:
+            raise UserError(
+                f"the base model of {self.shown} is not there: {base_model}",
+                where=error.where,
+                hint="put it back, or say where it lies now: --base-model FOLDER",
+            ) from error
+        base.check_folder(source)
+        return source
+
+    @property
+    def borrows_tokenizer(self) -> bool:
+        """Whether it is an adapter that speaks as its base does, for want of a tokenizer of its own."""
+        return self.is_adapter and not (Path(self.source) / "tokenizer_config.json").is_file()
+
+    @property
+    def states(self) -> dict[str, str]:
+        """What tells one state of the student from another; a whole model by sizes and times, for it may be 60 GB."""
+        folder = Path(self.source)
+        if not folder.is_dir():
+            return {"hub": self.source}
+        if self.is_adapter:
+            files = [folder / name for name in _ADAPTER_FILES]
+            return {path.name: manifest.state(path, folder).sha256 for path in files if path.is_file()}
+        files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]
+        stats = {path.name: path.stat() for path in sorted(files) if path.is_file()}
+        return {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in stats.items()}
+
+
+class Local(Student):
+    """Greedy, in left-padded batches of like length."""
+
+    def __init__(
+        self,
+        name: str,
+        rows: Sequence[Row],
+        *,
+        workspace: Path,
+        base_model: str | None = None,
+        device_mode: Literal["cuda0", "auto", "cpu"] = "auto",
+        load_in_4bit: bool = False,
+        batch: int = 0,
+        max_new_tokens: int = 0,
+    ) -> None:
+        """`batch` 0 takes what fits into memory, `max_new_tokens` 0 what the references need."""
+        from mtgdm.student import base, generation
+
+        self.weights = Weights(name, base_model, workspace)
+        self.name, self.base_name = self.weights.shown, self.weights.base_model
+        self._given = name
+        self._workspace = workspace
+        self._placement = base.place(device_mode)
+        self._load_in_4bit = load_in_4bit
+        self._batch = batch
+        with _base_errors(self.name) if self.weights.borrows_tokenizer else _other_flags():
+            self._chat = generation.load_chat(self.weights.source, name, workspace)
+        if self.weights.training is not None:
+            self.weights.training.check_template(self._chat.fingerprint)
+        self._prompts = {row.id: prompt_ids(self._chat, row) for row in rows}
+        self._max_new_tokens = max_new_tokens or answer_limit(self._chat, rows)
+        self._model: Any = None
+        self.identity = {
+            "weights": self.weights.states,
+            "template": self._chat.fingerprint,
+            "load_in_4bit": load_in_4bit,
+        }
+
+    def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
+        """Load what is asked, and generate batch by batch."""
+        from mtgdm.student import generation
+
+        if base and not self.weights.is_adapter:
+            self._ask_named_base(rows, keep, refuse)
+            return
+        if self._model is None:
+            self._model = self._load()
+        if base:
+            with self._model.disable_adapter():
+                self._ask(self._model, self._chat, self._prompts, rows, keep, refuse)
+            return
+        self._model = generation.merged(self._model)
+        self._ask(self._model, self._chat, self._prompts, rows, keep, refuse)
+
+    def _ask_named_base(self, rows: Sequence[Row], keep: Keep, refuse: Refuse) -> None:
+        """Ask a base that is a model of its own, in its own tokens and by its own template."""
+        import torch
+
+        from mtgdm.student import generation
+
+        source, name = self.weights.base_source, self.weights.base_model
+        assert source is not None and name is not None
+        with _base_errors(self.name):
+            chat = generation.load_chat(source, name, self._workspace)
+            model = generation.load(
+                source, name, self._placement, workspace=self._workspace, load_in_4bit=self._load_in_4bit
+            )
+        self._ask(model, chat, {row.id: prompt_ids(chat, row) for row in rows}, rows, keep, refuse)
+        # Its memory is given back before the student is loaded.
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _ask(
+        self,
+        model: Any,
+        chat: Chat,
+        prompts: Mapping[str, list[int]],
+        rows: Sequence[Row],
+        keep: Keep,
+        refuse: Refuse,
+    ) -> None:
+        from mtgdm.student import generation
+
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        asked = []
+        for row in rows:
+            length = len(prompts[row.id])
+            if context is not None and length >= context:
+                refuse(row, f"the prompt has {length} tokens, and the model's context holds {context}")
+            else:
+                asked.append(row)
+        for batch in generation.answers(
+            model,
+            chat,
+            [prompts[row.id] for row in asked],
+            batch=self._batch,
+            max_new_tokens=self._max_new_tokens,
+        ):
+            for place, answer in batch:
+                reply = Reply(
+                    answer.text,
+                    answer.finish_reason,
+                    answer.prompt_tokens,
+                    answer.output_tokens,
+                    answer.latency_s,
+                )
+                keep(asked[place], reply)
+
+    def _load(self) -> Any:
+        from mtgdm.student import base, generation
+
+        weights = self.weights
+        if not weights.is_adapter:
+            with _other_flags():
+                return generation.load(
+                    weights.source,
+                    self._given,
+                    self._placement,
+                    workspace=self._workspace,
+                    load_in_4bit=self._load_in_4bit,
+                )
+        assert weights.base_source is not None and weights.base_model is not None
+        with _base_errors(self.name):
+            model: Any = base.load_model(
+                weights.base_source, weights.base_model, self._placement, load_in_4bit=self._load_in_4bit
+            )
+        tokens, known = len(self._chat.tokenizer), model.get_input_embeddings().num_embeddings
+        if tokens > known:
+            raise UserError(
+                f"the student's tokenizer has {tokens:,} tokens, its base {weights.base_model} knows {known:,}",
+                where=weights.source,
+                hint="this is not the base it was trained on; --base-model names another",
+            )
+        return generation.ready(generation.with_adapter(model, weights.source, weights.base_model))
+
+
+def _named_base(adapter: Path) -> str | None:
+    """The base that adapter_config.json names."""
+    path = adapter / "adapter_config.json"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"this file cannot be read: {error}", where=path) from error
+    named = value.get("base_model_name_or_path") if isinstance(value, dict) else None
+    return named if isinstance(named, str) and named else None
+
+
+@contextmanager
+def _base_errors(name: str) -> Iterator[None]:
+    """Say whose base model it is that cannot be used, and how another one is named."""
+    try:
+        yield
+    except UserError as error:
+        if isinstance(error.__cause__, RuntimeError):  # out of memory: it is there, and has a hint of its own
+            raise
+        raise UserError(
+            f"the base model of {name} cannot be used: {error.message}",
+            where=error.where,
+            hint="put it back, or say where it lies now: --base-model FOLDER",
+        ) from error
+
+
+@contextmanager
+def _other_flags() -> Iterator[None]:
+    """What names the model is called otherwise here than in training."""
+    try:
+        yield
+    except UserError as error:
+        hint = error.hint and error.hint.replace("--student-base", "--model")
+        raise UserError(error.message, where=error.where, hint=hint) from error

@@ -1,0 +1,338 @@
+"""One evaluation: what is asked, what is there already, and where the answers go.
+
+A row is one write to the outputs as soon as it is whole; the base's answers wait in a journal of their own
+until the student's stand beside them. A kill loses what is being generated and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtgdm import rows
+from mtgdm.errors import UserError
+from mtgdm.evaluation.student import Reply, Student
+from mtgdm.manifest import settings_digest
+from mtgdm.rows import Journal, Row
+from mtgdm.scoring.failures import badness, number, why_bad
+from mtgdm.scoring.row import reference_score, score
+
+if TYPE_CHECKING:
+    from mtgdm.stage import Context
+    from mtgdm.terminal import Progress
+
+SHOWN = {
+    "char_f1": "char-F1",
+    "contract_valid": "contract-valid",
+    "fact_recall": "facts",
+    "exact_match": "exact",
+}
+"""What is told while it runs and at its end; the report has all."""
+_WHILE_RUNNING = ("char_f1", "contract_valid", "fact_recall")
+
+
+@dataclass
+class Running:
+    """Means over the rows so far, without going through them again at every row."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """One more row."""
+        for key in SHOWN:
+            value = number(metrics, key)
+            if value is not None:
+                self.sums[key] = self.sums.get(key, 0.0) + value
+                self.counts[key] = self.counts.get(key, 0) + 1
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean of each metric over the rows that have it."""
+        return {key: self.sums[key] / self.counts[key] for key in SHOWN if key in self.counts}
+
+
+@dataclass
+class Evaluated:
+    """What an evaluation found."""
+
+    rows: list[dict[str, Any]]
+    """The eval rows, in the order of the test rows."""
+    refused: dict[str, str]
+    """Why a row could not be asked, by its id."""
+    student: dict[str, float]
+    base: dict[str, float]
+
+
+class Evaluation:
+    """Asks a student, and its base with `compare`, for the rows that an earlier run has not answered."""
+
+    def __init__(
+        self,
+        student: Student,
+        wanted: Sequence[Row],
+        context: Context,
+        *,
+        out: Path,
+        compare: bool = False,
+        settings: Sequence[Any] = (),
+        about: str = "",
+        leaked: Collection[str] = (),
+        partial: bool = False,
+        overwrite: bool = False,
+        log_every: int = 10,
+    ) -> None:
+        """`settings`: what else shapes an answer. `about`: the same in words.
+
+        `leaked`: ids of rows about spots that the student was trained on. `partial`: rows not wanted stay.
+        """
+        self._student = student
+        self._wanted = list(wanted)
+        self._context = context
+        self._out = out
+        self._compare = compare
+        self._leaked = frozenset(leaked)
+        self._partial = partial
+        self._overwrite = overwrite
+        self._log_every = log_every
+        self.metrics_path = context.log_path(".metrics.jsonl")
+        """The metrics of this run, a line for each row, those of an earlier run first."""
+        self._label = f"{student.name}{about}"
+        self._fingerprint = settings_digest({**student.identity, "settings": list(settings)})[:16]
+        self._refused: dict[str, str] = {}
+        self._found: dict[str, dict[str, Any]] = {}
+        self._means, self._base_means = Running(), Running()
+        self._tokens = 0
+
+    def run(self) -> Evaluated:
+        """Ask the base, then the student, and write each row as soon as it is whole."""
+        earlier = self._earlier()
+        missing = [row for row in self._wanted if row.id not in earlier]
+        if earlier:
+            self._context.print(f"{len(earlier):,} of {len(self._wanted):,} rows are there already")
+        with self.metrics_path.open("wb") as metrics_file, Journal(self._out) as journal:
+
+            def keep(row: dict[str, Any]) -> None:
+                metrics_file.write(rows.encode(metrics_line(row)))
+                metrics_file.flush()
+                self._found[row["id"]] = row
+                self._means.add(row["metrics"])
+                self._base_means.add(row.get("base_metrics") or {})
+
+            for row in self._wanted:
+                if row.id in earlier:
+                    keep(earlier[row.id])
+            if missing:
+                self._ask(missing, journal, keep)
+            for row in self._wanted:
+                if row.id in self._refused:
+                    metrics_file.write(
+                        rows.encode({**_about_row(row.id, row.meta), "refused": self._refused[row.id]})
+                    )
+        rows.put_in_order(self._out, (row.id for row in self._wanted))
+        if not self._refused:
+            self._base_path.unlink(missing_ok=True)
+        found = [self._found[row.id] for row in self._wanted if row.id in self._found]
+        return Evaluated(found, self._refused, self._means.means, self._base_means.means)
+
+    def add_verdicts(self, found: Evaluated, judged: Mapping[str, dict[str, Any]]) -> None:
+        """Put the verdicts of a judge into the rows and their metrics."""
+        for row in found.rows:
+            if row["id"] in judged:
+                row["judge"] = judged[row["id"]]
+        with rows.replace(self._out) as file:
+            file.writelines(rows.encode(row) for row in found.rows)
+        with rows.replace(self.metrics_path) as file:
+            file.writelines(rows.encode(metrics_line(row)) for row in found.rows)
+
+    def _ask(self, missing: list[Row], journal: Journal, keep: Callable[[dict[str, Any]], None]) -> None:
+        total = len(missing) * (2 if self._compare else 1)
+        self._context.log.info("%s: %d rows, %d of them to ask", self._label, len(self._wanted), len(missing))
+        with self._context.progress(total, "rows") as bar:
+            of_base = self._ask_base(missing, bar) if self._compare else {}
+            missing = [row for row in missing if row.id not in self._refused]
+            asked = 0
+            started, self._tokens = time.monotonic(), 0
+
+            def answered(row: Row, reply: Reply) -> None:
+                nonlocal asked
+                asked += 1
+                scored = self._scored(row, reply, of_base.get(row.id))
+                journal.append(scored)
+                keep(scored)
+                self._log(asked, scored)
+                bar.advance()
+                means = self._means.means
+                first, *others = [f"{SHOWN[key]} {means[key]:.3f}" for key in _WHILE_RUNNING if key in means]
+                # Where there is no room the last go: whether it moves says more than a third mean.
+                bar.note(" · ".join([first, *self._speed(reply, started), *others]))
+
+            self._student.ask(missing, answered, lambda row, why: self._refuse(row, why, bar))
+
+    def _ask_base(self, missing: list[Row], bar: Progress) -> dict[str, dict[str, Any]]:
+        """The base's answers, in a journal of their own until the student's stand beside them."""
+        path = self._base_path
+        found: dict[str, dict[str, Any]] = {}
+
+        def inspect(number_: int, line: bytes) -> None:
+            value = rows.parse_object(path, number_, line)
+            if value.get("fingerprint") == self._fingerprint:
+                found[value["id"]] = value
+
+        with Journal(path, inspect=inspect) as journal:
+            asked = [row for row in missing if row.id not in found]
+            bar.advance(len(missing) - len(asked))
+            bar.note("base model")
+            started, self._tokens = time.monotonic(), 0
+
+            def answered(row: Row, reply: Reply) -> None:
+                value = {
+                    "id": row.id,
+                    "messages": row.prompt,
+                    "fingerprint": self._fingerprint,
+                    "output": reply.text,
+                    "runtime": reply.runtime,
+                }
+                journal.append(value)
+                found[row.id] = value
+                bar.advance()
+                bar.note(" · ".join(["base model", *self._speed(reply, started)]))
+
+            if asked:
+                # A row that the base cannot answer is left out for the student too: pairs are compared.
+                self._student.ask(
+                    asked, answered, lambda row, why: self._refuse(row, f"base: {why}", bar, 2), base=True
+                )
+        return found
+
+    def _speed(self, reply: Reply, started: float) -> list[str]:
+        self._tokens += reply.output_tokens or 0
+        seconds = time.monotonic() - started
+        return [f"{self._tokens / seconds:,.0f} tokens/s"] if self._tokens and seconds else []
+
+    def _refuse(self, row: Row, why: str, bar: Progress, times: int = 1) -> None:
+        self._refused[row.id] = why
+        self._context.log.warning("row %s could not be asked: %s", row.id, why)
+        bar.advance(times)
+
+    def _scored(self, row: Row, reply: Reply, of_base: dict[str, Any] | None) -> dict[str, Any]:
+        domain = self._context.domain
+        scored: dict[str, Any] = {
+            "id": row.id,
+            "messages": row.prompt,
+            "reference": row.answer,
+            "output": reply.text,
+        }
+        if of_base is not None:
+            scored["base_output"] = of_base["output"]
+        scored["metrics"] = score(domain, row, reply.text, reply.runtime)
+        if of_base is not None:
+            scored["base_metrics"] = score(domain, row, of_base["output"], of_base["runtime"])
+        scored["reference_metrics"] = reference_score(domain, row)
+        about: dict[str, Any] = {"model": self._label, "fingerprint": self._fingerprint}
+        if row.id in self._leaked:
+            about["leaked"] = True
+        scored["meta"] = {**row.meta, "split": row.split, "eval": about}
+        return scored
+
+    def _log(self, asked: int, row: dict[str, Any]) -> None:
+        if asked % self._log_every == 0:
+            line = json.dumps(metrics_line(row), ensure_ascii=False)
+            self._context.log.info("row %d %s %s", asked, row["id"], line)
+
+    # --- what is there already ---
+
+    def _earlier(self) -> dict[str, dict[str, Any]]:
+        """The rows that need not be asked again; another model's or other settings' rows are refused."""
+        out = self._out
+        if self._overwrite:
+            self._remove(out, self._base_path)
+        references = {row.id: row.answer for row in self._wanted}
+        found: dict[str, dict[str, Any]] = {}
+        if not out.exists():
+            return found
+        with Journal(out):
+            pass  # cuts off what a kill left of a last line
+        foreign = retrained = 0
+        for number_, line in rows.read_lines(out):
+            value = rows.parse_object(out, number_, line)
+            about = value.get("meta", {}).get("eval") or {}
+            if about.get("fingerprint") != self._fingerprint:
+                self._refuse_other(about)
+                retrained += 1
+            elif references.get(value["id"]) == value["reference"]:
+                found[value["id"]] = value
+            else:
+                foreign += 1
+        if retrained:
+            self._context.print(f"{self._label} was trained again: its old answers are replaced")
+            self._remove(out)
+            return {}
+        if foreign and not self._partial:
+            # Rows that the test file no longer holds, or holds with another reference.
+            with rows.replace(out) as file:
+                file.writelines(rows.encode(value) for value in found.values())
+        return found
+
+    def _refuse_other(self, about: Mapping[str, Any]) -> None:
+        if about.get("model") == self._label and about.get("fingerprint"):
+            return
+        other = about.get("model") or "another tool"
+        raise UserError(
+            f"these answers were made by {other} with other settings, not by {self._label}",
+            where=self._out,
+            hint="--overwrite replaces them; --out keeps them and writes another file",
+        )
+
+    def _remove(self, *paths: Path) -> None:
+        for path in paths:
+            rows.manifest_path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    @property
+    def _base_path(self) -> Path:
+        return self._out.with_name(f"{self._out.stem}.base{self._out.suffix}")
+
+
+def metrics_line(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the metrics file: what it is about, and its metrics without its texts."""
+    evaluated = row["meta"]["eval"]
+    line = {
+        **_about_row(row["id"], row["meta"]),
+        "model": evaluated["model"],
+        "metrics": row["metrics"],
+        "base_metrics": row.get("base_metrics"),
+        "reference_metrics": row.get("reference_metrics"),
+    }
+    if evaluated.get("leaked"):
+        line["leaked"] = True
+    return line | ({"judge": row["judge"]} if "judge" in row else {})
+
+
+def _about_row(identity: str, meta: Mapping[str, Any]) -> dict[str, Any]:
+    return {"id": identity, **{key: meta.get(key) for key in ("spot", "province", "type")}}
+
+
+# --- failures ------------------------------------------------------------------------------------
+
+
+def failures_path(out: Path) -> Path:
+    """Where the failures of an evaluation go: `eval_outputs.jsonl` has `eval_failures.jsonl` beside it."""
+    stem = out.stem.replace("outputs", "failures") if "outputs" in out.stem else f"{out.stem}.failures"
+    return out.with_name(f"{stem}{out.suffix}")
+
+
+def write_failures(path: Path, evaluated: Iterable[Mapping[str, Any]]) -> int:
+    """The rows with something wrong, the worst first, each with the reasons; returns how many there are."""
+    bad = [(why, row) for row in evaluated if (why := why_bad(row["metrics"], row.get("reference_metrics")))]
+    bad.sort(key=lambda pair: -badness(pair[1]["metrics"]))
+    with rows.replace(path) as file:
+        for why, row in bad:
+            file.write(
+                rows.encode({"id": row["id"], "why": why, **{k: v for k, v in row.items() if k != "id"}})
+            )
+    return len(bad)

@@ -1,0 +1,114 @@
+"""A student behind a server, asked through the teacher backends: the packaged student in Ollama, vLLM's server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from mtgdm.errors import SettingError
+from mtgdm.evaluation.student import Keep, Refuse, Reply, Student
+from mtgdm.plugins import named
+from mtgdm.teachers.endpoints import backends
+from mtgdm.teachers.judgement import Judgement
+from mtgdm.teachers.loop import Loop
+from mtgdm.teachers.seam import GROUP
+from mtgdm.teachers.tokens import at_most, context_size, prompt_at_most
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from mtgdm.domain import Domain
+    from mtgdm.rows import Row
+    from mtgdm.teachers.loop import Outcome
+    from mtgdm.teachers.seam import Backend, TeacherSettings
+
+
+class AsItIs:
+    """The standard of an evaluation: what a student says is what is judged, the cut and the empty included."""
+
+    takes_all: ClassVar[bool] = True
+
+    def __init__(self, domain: Domain, *, constrained: bool) -> None:
+        self._domain = domain
+        self._constrained = constrained
+
+    def contract(self, row: Row) -> type[BaseModel] | None:
+        """The contract of the row's type where answers are to be held to it."""
+        return self._domain.contract(row.type) if self._constrained and row.type is not None else None
+
+    def judge(self, row: Row, text: str) -> Judgement:
+        """Nothing is wrong with any answer; what it is worth is measured elsewhere."""
+        return Judgement(None)
+
+
+class Served(Student):
+    """Greedy, `settings.concurrency` questions in flight."""
+
+    def __init__(
+        self,
+        settings: TeacherSettings,
+        rows: Sequence[Row],
+        domain: Domain,
+        *,
+        base_model: str | None = None,
+        constrained: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`say` hears of every retry, `warn` of what the user should look at."""
+        self._domain = domain
+        self._standard = AsItIs(domain, constrained=constrained)
+        self._constrained = constrained
+        self._say, self._warn = say, warn
+        longest = max(prompt_at_most(row.prompt) for row in rows)
+        num_ctx = settings.num_ctx or context_size(longest, settings.max_tokens)
+        self._settings = settings.model_copy(update={"num_ctx": num_ctx})
+        self._backend: type[Backend] = named(GROUP, settings.backend, "teacher backend")
+        first = self._backends(None)[0]
+        if constrained and not first.holds_to_schema:
+            raise SettingError(
+                f"the backend {settings.backend} cannot hold an answer to a schema",
+                hint="leave out --constrained, or ask a server: --backend ollama, --backend openai",
+            )
+        self.name = f"{settings.backend} {first.model}".strip()
+        self.base_name = base_model
+        self.identity = {"served": first.fingerprint, "constrained": constrained}
+        self._unconstrained = False
+
+    def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
+        """Ask over the request loop of the teacher: retries, several addresses, fewer where the server is busy."""
+        asked = self._backends(self.base_name if base else None)
+
+        def record(outcome: Outcome) -> None:
+            completion = outcome.completion
+            if outcome.reason is not None or completion is None:
+                refuse(outcome.row, outcome.reason or "no answer came")
+                return
+            reply = Reply(
+                completion.text,
+                completion.finish_reason,
+                completion.prompt_tokens,
+                completion.output_tokens,
+                completion.seconds,
+            )
+            keep(outcome.row, reply)
+
+        loop = Loop(asked, self._settings, self._standard, say=self._say, warn=self._warn)
+        asyncio.run(loop.run(iter(rows), record))
+        self._unconstrained |= self._constrained and not all(one.holds_to_schema for one in asked)
+
+    def remarks(self) -> Iterator[str]:
+        """Whether the server took the schemas after all."""
+        if self._unconstrained:
+            yield "the server takes no schemas: the answers were not constrained"
+
+    def _backends(self, model: str | None) -> list[Backend]:
+        settings = self._settings if model is None else self._settings.model_copy(update={"model": model})
+        return backends(self._backend, settings, self._domain)
+
+
+def answer_limit(rows: Sequence[Row]) -> int:
+    """A quarter more tokens than the longest reference may have, in steps of 32."""
+    longest = max(at_most(row.answer or "") for row in rows)
+    return -(-5 * (longest + 1) // (4 * 32)) * 32

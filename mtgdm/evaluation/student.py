@@ -1,0 +1,84 @@
+"""The seam between an evaluation and what it asks: a model in this process, in vLLM, or behind a server.
+
+A student gets rows and hands back replies as they come; which rows, what is kept and how it is scored is
+decided above it, once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtgdm.rows import Row
+    from mtgdm.student.chat import Chat
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a student wrote. Token counts are None where a server gives none.
+
+    `latency_s` of a batch is shared by its rows, so that the latencies of a run add up to its time; of a
+    server it is how long this one question took, among those in flight.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int | None
+    output_tokens: int | None
+    latency_s: float
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """The metrics that are not about the text."""
+        tokens, seconds = self.output_tokens, self.latency_s
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": tokens,
+            "latency_s": round(seconds, 6),
+            "tokens_per_s": round(tokens / seconds, 3) if tokens is not None and seconds else None,
+            "finish_reason": self.finish_reason,
+        }
+
+
+Keep = Callable[["Row", Reply], None]
+"""Called with each row that was answered, in any order."""
+Refuse = Callable[["Row", str], None]
+"""Called with each row that could not be asked, and why."""
+
+
+class Student(ABC):
+    """Who is evaluated, and the base it is compared with."""
+
+    name: str
+    """As rows and messages call it."""
+    base_name: str | None
+    """The base model, where there is one to compare with."""
+    identity: dict[str, Any]
+    """What tells its answers from those of another one."""
+
+    @abstractmethod
+    def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
+        """Ask for every row; `base` asks the base model. The base is asked before the student."""
+
+    def remarks(self) -> Iterator[str]:
+        """What the user should know of how it was asked, after it was."""
+        return iter(())
+
+
+def answer_limit(chat: Chat, rows: Sequence[Row]) -> int:
+    """A quarter more than the longest reference, in steps of 32, so that a few new rows change nothing."""
+    longest = max(len(chat.tokens(row.answer or "")) for row in rows)
+    return -(-5 * (longest + 1) // (4 * 32)) * 32
+
+
+def prompt_ids(chat: Chat, row: Row) -> list[int]:
+    """The tokens of a row's prompt; BadRow where the template does not take it."""
+    from mtgdm.student.chat import ChatProblem
+
+    try:
+        return chat.prompt(row.prompt)
+    except ChatProblem as problem:
+        raise row.bad(problem.message, hint=problem.hint) from problem

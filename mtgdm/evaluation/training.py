@@ -1,0 +1,83 @@
+"""What a student was trained on, from the training.json of its checkpoint, and the leaks that it tells of."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtgdm.errors import UserError
+
+if TYPE_CHECKING:
+    from mtgdm.rows import Row
+
+FILE = "training.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """The part of training.json that an evaluation rests on."""
+
+    path: Path
+    base_model: str | None
+    template_fingerprint: str | None
+    spots: frozenset[str]
+    ids_without_spot: frozenset[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> Training | None:
+        """That of a checkpoint's folder, or None where it has none."""
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                path,
+                _text(value.get("base_model")),
+                _text(value.get("template_fingerprint")),
+                frozenset(map(_spot_key, value["train_spots"])),
+                frozenset(value.get("train_ids_without_spot", ())),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"this file is not what `mtgdm train` writes ({type(error).__name__}: {error})", where=path
+            ) from error
+
+    def leaked(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows about spots that stood in the training data."""
+        return [
+            row
+            for row in rows
+            if (row.id in self.ids_without_spot if row.spot is None else _spot_key(row.spot) in self.spots)
+        ]
+
+    def check_template(self, fingerprint: str) -> None:
+        """UserError where the student would be asked by another chat template than it learnt."""
+        if self.template_fingerprint not in (None, fingerprint):
+            raise UserError(
+                f"the chat template is not the one that the student was trained with (fingerprint {fingerprint}, "
+                f"in training {self.template_fingerprint}): its answers would not be its own",
+                where=self.path.parent,
+                hint="put back the chat_template.jinja and tokenizer_config.json of the training, or train again",
+            )
+
+    def check_base(self, named: str | None) -> None:
+        """UserError where the adapter names another base than the training had."""
+        if None not in (named, self.base_model) and named != self.base_model:
+            raise UserError(
+                f"training.json says that the base was {self.base_model}, adapter_config.json that it is {named}",
+                where=self.path.parent,
+                hint="files of two checkpoints lie in one folder: copy the checkpoint anew",
+            )
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _spot_key(spot: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", spot).split()).casefold()

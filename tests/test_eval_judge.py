@@ -1,0 +1,131 @@
+"""A judge of pairs: both orders, a cache that is asked once, and a bias that is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtgdm.evaluation.pairwise import INSTRUCTIONS
+from mtgdm.reports.evaluation import describe, read_evaluation
+from mtgdm.reports.evaluation_report import judged as sentence
+from mtgdm.testing import StageRun
+from tests import teacher_domain
+from tests.conftest import read_rows
+from tests.ollama_server import OllamaServer, Question
+from tests.teacher_domain import right_answer
+from tests.test_eval_served import BASE, STUDENT, evaluated, outputs, write_test_rows
+
+Verdict = Callable[[str, str], str]
+"""`A`, `B` or `tie` over the answers that are shown as A and B."""
+
+
+@pytest.fixture(autouse=True)
+def gardens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtgdm.plugins.find", teacher_domain.find)
+
+
+@pytest.fixture
+def server() -> Iterator[OllamaServer]:
+    with OllamaServer(right_answer, models={STUDENT: 8192, BASE: 8192, "judge": 8192}) as running:
+        yield running
+
+
+def judging(server: OllamaServer, verdict: Verdict, *, student: str = "") -> None:
+    """Let the server be student, base and judge."""
+
+    def answer(question: Question) -> str:
+        if question.body["model"] != "judge":
+            return "不知道。" if question.body["model"] == BASE else student or right_answer(question)
+        assert question.body["messages"][0]["content"] == INSTRUCTIONS
+        _, _, rest = question.text.partition("# Answer A\n\n")
+        a, _, rest = rest.partition("\n\n# Answer B\n\n")
+        b = rest.partition("\n\n# Which")[0]
+        return json.dumps({"reason": "因为。", "winner": verdict(a, b)}, ensure_ascii=False)
+
+    server.answer = answer
+
+
+def right_one(a: str, b: str) -> str:
+    return "tie" if a == b else "B" if a == "不知道。" else "A"
+
+
+def judged(workspace: Path, server: OllamaServer, **settings: Any) -> StageRun:
+    urls = {"judge_model": "judge", "judge_url": [server.url]}
+    return evaluated(workspace, server, **urls, **settings)
+
+
+def asked_of_judge(server: OllamaServer) -> int:
+    return sum(question.body["model"] == "judge" for question in server.questions)
+
+
+def report(workspace: Path) -> dict[str, Any]:
+    return describe(read_evaluation(max((workspace / "log").glob("eval-*.metrics.jsonl"))))
+
+
+def test_a_pair_is_won_where_both_orders_say_so(tmp_path: Path, server: OllamaServer) -> None:
+    write_test_rows(tmp_path)
+    judging(server, right_one)
+    ran = judged(tmp_path, server, compare_base=True, base_model=BASE)
+    assert asked_of_judge(server) == 12
+    assert "ollama judge on 6 pairs, each in both orders: 6 won, 0 ties, 0 lost" in ran.printed
+    assert {row["judge"]["against"] for row in outputs(tmp_path)} == {"base"}
+    found = report(tmp_path)["judge"]
+    assert (found["won"], found["score"]["mean"], found["same_in_both_orders"]) == (6, 1, 1)
+    assert found["first_preferred"] == 0.5
+    assert all(
+        "format" in question.body for question in server.questions if question.body["model"] == "judge"
+    )
+
+
+def test_a_judge_that_prefers_the_first_answer_decides_nothing_and_is_told(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    write_test_rows(tmp_path)
+    judging(server, lambda a, b: "A")
+    judged(tmp_path, server, compare_base=True, base_model=BASE)
+    found = report(tmp_path)["judge"]
+    assert (found["won"], found["ties"], found["lost"]) == (0, 6, 0)
+    assert (found["first_preferred"], found["same_in_both_orders"]) == (1, 0)
+    assert found["verdict"] == "too few rows to tell"
+    said = sentence(report(tmp_path))
+    assert said is not None and "the answer shown first was preferred in 100% of the verdicts" in said
+
+
+def test_verdicts_are_kept_and_no_pair_is_judged_twice(tmp_path: Path, server: OllamaServer) -> None:
+    write_test_rows(tmp_path)
+    judging(server, right_one, student="不错。")
+    judged(tmp_path, server)
+    before = outputs(tmp_path)
+    assert {row["judge"]["against"] for row in before} == {"teacher"}
+    server.questions.clear()
+    judged(tmp_path, server)
+    assert server.questions == []
+    assert outputs(tmp_path) == before
+    cache = tmp_path / "data" / "eval_outputs.judge.jsonl"
+    cache.write_bytes(cache.read_bytes()[:-40])  # what a kill leaves of the last verdict
+    judged(tmp_path, server)
+    assert asked_of_judge(server) == 1
+    assert len(read_rows(cache)) == 12
+
+
+def test_the_same_answer_is_a_tie_that_nobody_is_asked_for(tmp_path: Path, server: OllamaServer) -> None:
+    write_test_rows(tmp_path)
+    judging(server, right_one)
+    judged(tmp_path, server)  # the student says what the teacher said
+    assert asked_of_judge(server) == 0
+    assert report(tmp_path)["judge"]["ties"] == 6
+
+
+def test_a_reply_that_is_no_verdict_is_asked_for_once_more_and_then_not_counted(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    write_test_rows(tmp_path, 1)
+    judging(server, lambda a, b: "both", student="不错。")
+    ran = judged(tmp_path, server)
+    assert asked_of_judge(server) == 8
+    assert any("4 of 4 verdicts did not come" in line for line in ran.warnings)
+    assert all("judge" not in row for row in outputs(tmp_path))
