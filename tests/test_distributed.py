@@ -120,14 +120,14 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from mtgdm import processes
-from mtgdm.student import trainer
+from mtgdm.student import watch
 
 def kill(self, args, state, control, **kwargs):
     if state.global_step == 3 and not processes.is_first():
         os.kill(os.getpid(), signal.SIGKILL)
     before(self, args, state, control, **kwargs)
 
-before, trainer.Watch.on_step_end = trainer.Watch.on_step_end, kill
+before, watch.Watch.on_step_end = watch.Watch.on_step_end, kill
 sys.argv = ["mtgdm", "train", *sys.argv[1:]]
 from mtgdm.cli import main
 main()
@@ -159,7 +159,7 @@ def test_an_error_of_all_is_told_once_and_one_of_another_process_with_its_number
     assert len(re.findall("^error: .*bad.jsonl:1: ", ran.err, re.MULTILINE)) == 1
 
     failing = KILLED.replace(
-        "os.kill(os.getpid(), signal.SIGKILL)", "raise trainer.UserError('this GPU fell out')"
+        "os.kill(os.getpid(), signal.SIGKILL)", "raise watch.UserError('this GPU fell out')"
     )
     (workspace / "failing.py").write_text(failing, encoding="utf-8")
     ran = torchrun(workspace, "failing.py", *flags({**SETTINGS, "batch": 2}))

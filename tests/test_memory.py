@@ -17,8 +17,8 @@ with quiet():
     from torch.utils._pytree import tree_iter
     from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig
 
+    from mtgdm.student.adapter import LoraSettings
     from mtgdm.student.memory import NF4_BYTES, Demand, Memory, checkpoint_bytes, peak_bytes, shape_of
-    from mtgdm.student.trainer import LoraSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -23,12 +23,13 @@ from mtgdm.student.resume import WholeCheckpoint, remove_checkpoints, whole_chec
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from mtgdm.student.adapter import LoraSettings
     from mtgdm.student.base import Placement
     from mtgdm.student.chat import Chat
     from mtgdm.student.examples import Example
     from mtgdm.student.memory import Memory, Shape
     from mtgdm.student.packing import Item, Layout
-    from mtgdm.student.trainer import LoraSettings, Outcome
+    from mtgdm.student.trainer import Outcome
 
 CHECKPOINTS = Path("data/checkpoints")
 CPU_PARAMETERS = 200_000_000
@@ -213,11 +214,11 @@ def _preview(config: TrainConfig, context: Context, split: Mapping[Split, Sequen
 def _train(
     config: TrainConfig, context: Context, split: Mapping[Split, Sequence[Row]], placement: Placement
 ) -> Result:
-    from mtgdm.student import adapter, base, distributed, memory, trainer
+    from mtgdm.student import adapter, base, distributed, memory, trainer, watch
 
     assert config.ckpt_out is not None
     source = base.locate(config.student_base, context.workspace)
-    reporters = trainer.reporters(
+    reporters = watch.reporters(
         config.report_to, context.workspace / "log" / "tensorboard" / context.timestamp
     )
     with distributed.first_alone():
@@ -231,7 +232,7 @@ def _train(
             f"no row of {config.in_.name} is in the split `val`: no eval loss, no early stop, the last step counts"
         )
     held_before = memory.peak_bytes(placement.device)
-    model = trainer.with_adapter(
+    model = adapter.with_adapter(
         base.load_model(
             source,
             config.student_base,
@@ -297,7 +298,7 @@ def _train(
         context.print(f"memory, as expected: {expected}")
     context.log.info("start %s", json.dumps(start, ensure_ascii=False))
     metrics = context.log_path(".metrics.jsonl") if processes.is_first() else None
-    points = trainer.Points(metrics, resume.metrics if resume else [start])
+    points = watch.Points(metrics, resume.metrics if resume else [start])
     outcome = trainer.train(
         model,
         (train_rows, val_rows),
@@ -410,7 +411,7 @@ def _chat(config: TrainConfig) -> Chat:
 
 
 def _lora(config: TrainConfig) -> LoraSettings:
-    from mtgdm.student.trainer import LoraSettings
+    from mtgdm.student.adapter import LoraSettings
 
     return LoraSettings(
         rank=config.lora_r,
