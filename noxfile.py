@@ -55,7 +55,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure what is claimed about speed: ratios, side by side in one run; `nox -s bench -- teacher` for one."""
-    _install(session)
+    _install(session, "bench")
     for script in sorted(Path("tests/bench").glob("*.py")):
         if not session.posargs or script.stem in session.posargs:
             session.run("python", str(script))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -58,6 +59,11 @@ def checkpoint_name(base_model: str) -> str:
     for ending in ("-instruct", "-chat", "-it"):
         name = name.removesuffix(ending)
     return f"{name}-lora"
+
+
+def template_fingerprint(template: str) -> str:
+    """A short hash of a chat template: a student has to be asked by the one it was trained with."""
+    return hashlib.sha256(template.encode("utf-8")).hexdigest()[:16]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

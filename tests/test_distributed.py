@@ -15,7 +15,7 @@ import pytest
 from mtgdm.stages.train import run as train
 from mtgdm.student.resume import whole_checkpoints
 from mtgdm.testing import run as run_stage
-from tests.conftest import Ran, clean_environment, write_lines
+from tests.conftest import CommandLine, Ran, clean_environment, write_lines
 from tests.test_train import QUICK, checkpoint, furthest, points
 from tests.tiny_student import make_base, teacher_file
 
@@ -120,14 +120,14 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from mtgdm import processes
-from mtgdm.student import trainer
+from mtgdm.student import watch
 
 def kill(self, args, state, control, **kwargs):
     if state.global_step == 3 and not processes.is_first():
         os.kill(os.getpid(), signal.SIGKILL)
     before(self, args, state, control, **kwargs)
 
-before, trainer.Watch.on_step_end = trainer.Watch.on_step_end, kill
+before, watch.Watch.on_step_end = watch.Watch.on_step_end, kill
 sys.argv = ["mtgdm", "train", *sys.argv[1:]]
 from mtgdm.cli import main
 main()
@@ -159,7 +159,7 @@ def test_an_error_of_all_is_told_once_and_one_of_another_process_with_its_number
     assert len(re.findall("^error: .*bad.jsonl:1: ", ran.err, re.MULTILINE)) == 1
 
     failing = KILLED.replace(
-        "os.kill(os.getpid(), signal.SIGKILL)", "raise trainer.UserError('this GPU fell out')"
+        "os.kill(os.getpid(), signal.SIGKILL)", "raise watch.UserError('this GPU fell out')"
     )
     (workspace / "failing.py").write_text(failing, encoding="utf-8")
     ran = torchrun(workspace, "failing.py", *flags({**SETTINGS, "batch": 2}))
@@ -168,9 +168,15 @@ def test_an_error_of_all_is_told_once_and_one_of_another_process_with_its_number
     assert "Traceback" not in ran.err.split("error: process 1")[0]
 
 
-def test_what_runs_in_one_process_alone_says_so(workspace: Path) -> None:
-    from tests.conftest import CommandLine
+def test_checkpoints_of_fsdp_must_hold_the_whole_adapter(workspace: Path) -> None:
+    mtgdm = CommandLine(workspace)
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}
+    ran = mtgdm("train", *flags(SETTINGS), env=launched)
+    assert ran.code == 1 and "FSDP is set to save checkpoints as SHARDED_STATE_DICT" in ran.err
+    assert "hint: fsdp_state_dict_type: FULL_STATE_DICT" in ran.err
 
+
+def test_what_runs_in_one_process_alone_says_so(workspace: Path) -> None:
     mtgdm = CommandLine(workspace)
     several = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     ran = mtgdm("all", "--profile", "quickstart", env=several)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from mtgdm.student.noise import quiet
 with quiet():
     import torch
     from peft import LoraConfig, get_peft_model
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_iter
     from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig
 
+    from mtgdm.student.adapter import LoraSettings
     from mtgdm.student.memory import NF4_BYTES, Demand, Memory, checkpoint_bytes, peak_bytes, shape_of
-    from mtgdm.student.trainer import LoraSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -50,7 +53,9 @@ def base_of(config: Any, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
 
 
-def kept_bytes(config: Any, dropout: float, *, narrow: bool, checkpointing: bool) -> int:
+def kept_bytes(
+    config: Any, dropout: float, *, narrow: bool, checkpointing: bool = False, packed: bool = False
+) -> int:
     """Bytes that a forward pass keeps for the backward pass, by PyTorch's own hooks."""
     dtype = torch.bfloat16 if narrow else torch.float32
     model: Any = get_peft_model(base_of(config, dtype), lora(dropout))
@@ -66,11 +71,12 @@ def kept_bytes(config: Any, dropout: float, *, narrow: bool, checkpointing: bool
         return tensor
 
     tokens = torch.zeros((1, POSITIONS), dtype=torch.long)
+    places = {"position_ids": torch.arange(POSITIONS // 4).repeat(4)[None]} if packed else {}
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow),
     ):
-        model.train().model.model(input_ids=tokens, use_cache=False)
+        model.train().model.model(input_ids=tokens, use_cache=False, **places)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -85,18 +91,61 @@ def test_what_a_batch_keeps_is_known_before(family: str, narrow: bool, dropout: 
     assert shape is not None
     width, mask = 2 if narrow else 4, 4 if dropout else 0
     expected = POSITIONS * shape.kept_per_position(width=width, mask=mask)
-    real = kept_bytes(config, dropout, narrow=narrow, checkpointing=False)
+    real = kept_bytes(config, dropout, narrow=narrow)
+    assert 0.97 * real < expected < most * real
+    expected = POSITIONS * shape.kept_per_position(width=width, mask=mask, bin_tokens=POSITIONS)
+    real = kept_bytes(config, dropout, narrow=narrow, packed=True)
     assert 0.97 * real < expected < most * real
 
 
-def test_checkpointing_keeps_the_input_of_each_layer_and_one_layer_at_a_time() -> None:
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside the block held at once: every operation is looked at."""
+
+    def __init__(self, apart: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._held = {tensor.untyped_storage()._cdata: 0 for tensor in apart}
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(made):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return made
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._held:
+            return
+        self._held[storage._cdata] = storage.nbytes()
+        self._now += storage.nbytes()
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._forget, storage._cdata)
+
+    def _forget(self, key: int) -> None:
+        self._now -= self._held.pop(key, 0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("vocabulary", [1_000, 30_000])
+def test_a_batch_takes_what_was_expected_of_it(vocabulary: int, checkpointing: bool) -> None:
     config = config_of("qwen2")
-    shape = shape_of(config, lora())
+    config.vocab_size = vocabulary
+    shape = shape_of(config, lora(0.05))
     assert shape is not None
-    whole = Demand(2, 2, False, checkpointing=False, mask=0).of_batch(shape, POSITIONS, 0)[0]
-    spared = Demand(2, 2, False, checkpointing=True, mask=0).of_batch(shape, POSITIONS, 0)[0]
-    kept = kept_bytes(config, 0.0, narrow=True, checkpointing=True)
-    assert spared - whole / shape.layers == pytest.approx(kept, rel=0.02)
+    model: Any = get_peft_model(base_of(config, torch.float32), lora(0.05))
+    model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens, trained = torch.zeros((2, POSITIONS), dtype=torch.long), 300
+    apart = [*model.parameters(), *model.buffers()]
+    with LiveBytes(apart) as live:
+        hidden = model.train().model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden.flatten(0, 1)[:trained])
+        loss = torch.nn.functional.cross_entropy(logits.float(), torch.zeros(trained, dtype=torch.long))
+        del logits, hidden
+        loss.backward()  # type: ignore[no-untyped-call]
+    expected = Demand(4, 4, False, checkpointing, mask=4).of_batch(shape, 2 * POSITIONS, trained)
+    assert sum(expected) == pytest.approx(live.peak, rel=0.04)
 
 
 def test_weights_adapter_and_optimizer_are_counted_as_they_are_held() -> None:
@@ -125,7 +174,7 @@ def test_weights_adapter_and_optimizer_are_counted_as_they_are_held() -> None:
     )
     assert (plain.adapter, plain.gradients, plain.optimizer) == tuple(shape.adapter * n for n in (4, 4, 8))
     assert Demand(2, 2, False, False, 1, processes=2).estimate(shape, 100, 10).gradients == 8 * shape.adapter
-    assert plain.logits == 10 * 10 * 1000
+    assert plain.logits == 12 * 10 * 1000
     assert four_bit.activations == plain.activations + 2 * 256 * 704
     assert checkpoint_bytes(shape) == 12 * shape.adapter
 

@@ -124,3 +124,13 @@ def test_what_cannot_be_packaged_is_one_line(workspace: Path) -> None:
     shutil.rmtree(workspace / "data/checkpoints")
     with pytest.raises(UserError, match="no finished checkpoint"):
         packaged(workspace)
+
+
+def test_another_chat_template_than_that_of_the_training_is_refused(workspace: Path) -> None:
+    template = workspace / "data/checkpoints/base-lora/chat_template.jinja"
+    template.write_bytes(template.read_bytes().replace(b"assistant", b"helper"))
+    with pytest.raises(UserError, match="the chat template is not the one that the student was trained with"):
+        packaged(workspace)
+    assert not student(workspace).exists()
+    template.write_bytes(template.read_bytes().replace(b"helper", b"assistant"))
+    packaged(workspace, formats=("adapter",))

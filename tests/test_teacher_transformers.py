@@ -456,7 +456,7 @@ def test_a_folder_that_is_not_there_is_named() -> None:
 
 
 def test_a_name_that_stands_for_nothing_is_told_with_the_flag_of_this_stage() -> None:
-    failed = unavailable(settings("qwen2.5:32b-instruct-q4_K_M"))
+    failed = unavailable(settings("my-model:latest"))
     assert "neither a folder nor on the Hugging Face Hub" in str(failed)
     assert "--model mtgdm-tiny" in str(failed.hint) and "--student-base" not in str(failed.hint)
 

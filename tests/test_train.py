@@ -206,7 +206,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from mtgdm.stages.train import run
-from mtgdm.student import trainer
+from mtgdm.student import watch
 from mtgdm.testing import run as run_stage
 
 def kill(self, args, state, control, **kwargs):
@@ -214,7 +214,7 @@ def kill(self, args, state, control, **kwargs):
         os._exit(9)
     before(self, args, state, control, **kwargs)
 
-before, trainer.Watch.on_step_end = trainer.Watch.on_step_end, kill
+before, watch.Watch.on_step_end = watch.Watch.on_step_end, kill
 import json
 run_stage(run, Path(sys.argv[1]), **json.loads(sys.argv[3]))
 """
@@ -314,16 +314,16 @@ def test_other_batches_and_less_memory_go_on_with_the_same_training(workspace: P
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C at the end of a step, once."""
-    from mtgdm.student import trainer
+    from mtgdm.student import watch
 
-    before = trainer.Watch.on_step_end
+    before = watch.Watch.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step:
             raise KeyboardInterrupt
         before(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(trainer.Watch, "on_step_end", stop)
+    monkeypatch.setattr(watch.Watch, "on_step_end", stop)
 
 
 def test_a_checkpoint_that_a_kill_cut_off_is_not_gone_on_from(workspace: Path) -> None:

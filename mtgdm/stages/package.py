@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mtgdm import __version__, rows
-from mtgdm.checkpoints import chosen_checkpoint, newest_checkpoint
+from mtgdm.checkpoints import chosen_checkpoint, newest_checkpoint, template_fingerprint
 from mtgdm.errors import SettingError, UserError
+from mtgdm.evaluation.training import Training
 from mtgdm.stage import Context, Input, Result, StageConfig, newest, stage
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def run(config: PackageConfig, context: Context) -> Result:
         raise SettingError("`formats` names nothing to make", hint="--formats adapter,merged")
     checkpoint = Path(chosen_checkpoint(str(config.model) if config.model else None, config.checkpoints))
     training = _training(checkpoint)
+    _check_template(checkpoint)
     target = config.out / config.student(checkpoint)
     with rows.replace_folder(target) as folder, context.progress(len(config.formats), "formats") as bar:
         merged = None
@@ -103,6 +105,13 @@ def _training(checkpoint: Path) -> dict[str, Any]:
         return {"base_model": adapter["base_model_name_or_path"]}
     training: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return training
+
+
+def _check_template(checkpoint: Path) -> None:
+    """UserError where the template beside the adapter is not the one of its training."""
+    training, path = Training.of(checkpoint), checkpoint / "chat_template.jinja"
+    if training is not None and path.is_file():
+        training.check_template(template_fingerprint(path.read_bytes().decode("utf-8")))
 
 
 def _copy_adapter(checkpoint: Path, folder: Path) -> None:

@@ -23,12 +23,13 @@ from mtgdm.student.resume import WholeCheckpoint, remove_checkpoints, whole_chec
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from mtgdm.student.adapter import LoraSettings
     from mtgdm.student.base import Placement
     from mtgdm.student.chat import Chat
     from mtgdm.student.examples import Example
     from mtgdm.student.memory import Memory, Shape
     from mtgdm.student.packing import Item, Layout
-    from mtgdm.student.trainer import LoraSettings, Outcome
+    from mtgdm.student.trainer import LoopSettings, Outcome
 
 CHECKPOINTS = Path("data/checkpoints")
 CPU_PARAMETERS = 200_000_000
@@ -213,11 +214,11 @@ def _preview(config: TrainConfig, context: Context, split: Mapping[Split, Sequen
 def _train(
     config: TrainConfig, context: Context, split: Mapping[Split, Sequence[Row]], placement: Placement
 ) -> Result:
-    from mtgdm.student import adapter, base, distributed, memory, trainer
+    from mtgdm.student import adapter, base, distributed, memory, trainer, watch
 
     assert config.ckpt_out is not None
     source = base.locate(config.student_base, context.workspace)
-    reporters = trainer.reporters(
+    reporters = watch.reporters(
         config.report_to, context.workspace / "log" / "tensorboard" / context.timestamp
     )
     with distributed.first_alone():
@@ -231,7 +232,7 @@ def _train(
             f"no row of {config.in_.name} is in the split `val`: no eval loss, no early stop, the last step counts"
         )
     held_before = memory.peak_bytes(placement.device)
-    model = trainer.with_adapter(
+    model = adapter.with_adapter(
         base.load_model(
             source,
             config.student_base,
@@ -246,26 +247,7 @@ def _train(
     )
     layout = _layout(config, context, train_rows, model, placement)
     hungriest, expected = _memory(config, train_rows, layout, shape, on_cpu=placement.on_cpu)
-    loop = trainer.LoopSettings(
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        lr=config.lr,
-        scheduler=config.scheduler,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        layout=layout,
-        gradient_checkpointing=config.gradient_checkpointing,
-        seed=config.seed,
-        eval_steps=config.eval_steps,
-        save_steps=config.save_steps,
-        logging_steps=config.logging_steps,
-        early_stop=config.early_stop,
-        patience=config.early_stop_patience,
-        threshold=config.early_stop_threshold,
-        report_to=reporters,
-        run_name=f"{config.ckpt_out.name}-{context.timestamp}",
-        save_memory=config.memory_savers,
-    )
+    loop = _loop(config, layout, reporters, run_name=f"{config.ckpt_out.name}-{context.timestamp}")
     fingerprint = _fingerprint(config, source, chat, train_rows, val_rows, layout)
     resume = distributed.from_first(
         _to_resume(config.ckpt_out, fingerprint, context) if processes.is_first() else None
@@ -297,7 +279,7 @@ def _train(
         context.print(f"memory, as expected: {expected}")
     context.log.info("start %s", json.dumps(start, ensure_ascii=False))
     metrics = context.log_path(".metrics.jsonl") if processes.is_first() else None
-    points = trainer.Points(metrics, resume.metrics if resume else [start])
+    points = watch.Points(metrics, resume.metrics if resume else [start])
     outcome = trainer.train(
         model,
         (train_rows, val_rows),
@@ -320,22 +302,7 @@ def _train(
     points.add(ended)
     context.log.info("end %s", json.dumps(ended))
     if processes.is_first():
-        training = {
-            "base_model": config.student_base,
-            "settings": _shaping(config),
-            "template_fingerprint": chat.fingerprint,
-            "max_len": config.max_len,
-            "train_rows": len(train_rows),
-            "val_rows": len(val_rows),
-            "trained_tokens": start["trained_tokens"],
-            "steps": outcome.steps,
-            "best_step": outcome.best_step,
-            "best_eval_loss": outcome.best_eval_loss,
-            "first_eval_loss": outcome.first_eval_loss,
-            "stopped_early": outcome.stopped_early,
-            "train_spots": sorted({one.row.spot for one in train_rows if one.row.spot is not None}),
-            "train_ids_without_spot": sorted({one.row.id for one in train_rows if one.row.spot is None}),
-        }
+        training = _training(config, chat, train_rows, val_rows, outcome)
         adapter.finish(config.ckpt_out, outcome.adapter, chat, config.student_base, training)
         if not config.keep_checkpoints:
             remove_checkpoints(config.ckpt_out)
@@ -410,7 +377,7 @@ def _chat(config: TrainConfig) -> Chat:
 
 
 def _lora(config: TrainConfig) -> LoraSettings:
-    from mtgdm.student.trainer import LoraSettings
+    from mtgdm.student.adapter import LoraSettings
 
     return LoraSettings(
         rank=config.lora_r,
@@ -419,6 +386,31 @@ def _lora(config: TrainConfig) -> LoraSettings:
         targets="all-linear" if config.lora_targets == ("all-linear",) else list(config.lora_targets),
         rslora=config.lora_rslora,
         dora=config.lora_dora,
+    )
+
+
+def _loop(config: TrainConfig, layout: Layout, reporters: tuple[str, ...], *, run_name: str) -> LoopSettings:
+    from mtgdm.student.trainer import LoopSettings
+
+    return LoopSettings(
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        lr=config.lr,
+        scheduler=config.scheduler,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        layout=layout,
+        gradient_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
+        logging_steps=config.logging_steps,
+        early_stop=config.early_stop,
+        patience=config.early_stop_patience,
+        threshold=config.early_stop_threshold,
+        report_to=reporters,
+        run_name=run_name,
+        save_memory=config.memory_savers,
     )
 
 
@@ -524,6 +516,7 @@ def _memory(
         four_bit=config.load_in_4bit,
         checkpointing=config.gradient_checkpointing,
         mask=0 if config.lora_dropout == 0 else 4 if on_cpu else 1,
+        bin_tokens=layout.bin_tokens,
         processes=layout.processes,
     )
 
@@ -607,6 +600,32 @@ def _to_resume(folder: Path, fingerprint: str, context: Context) -> WholeCheckpo
         f"going on from step {newest.mark.step:,} of {newest.mark.total_steps:,} ({newest.path.name})"
     )
     return newest
+
+
+def _training(
+    config: TrainConfig,
+    chat: Chat,
+    train_rows: Sequence[Example],
+    val_rows: Sequence[Example],
+    outcome: Outcome,
+) -> dict[str, Any]:
+    """What a checkpoint knows of its training, for evaluation and package."""
+    return {
+        "base_model": config.student_base,
+        "settings": _shaping(config),
+        "template_fingerprint": chat.fingerprint,
+        "max_len": config.max_len,
+        "train_rows": len(train_rows),
+        "val_rows": len(val_rows),
+        "trained_tokens": sum(example.tokens.trained for example in train_rows),
+        "steps": outcome.steps,
+        "best_step": outcome.best_step,
+        "best_eval_loss": outcome.best_eval_loss,
+        "first_eval_loss": outcome.first_eval_loss,
+        "stopped_early": outcome.stopped_early,
+        "train_spots": sorted({one.row.spot for one in train_rows if one.row.spot is not None}),
+        "train_ids_without_spot": sorted({one.row.id for one in train_rows if one.row.spot is None}),
+    }
 
 
 def _summary(outcome: Outcome) -> str:

@@ -1,16 +1,65 @@
-"""The finished adapter: how it takes its place in the folder of a checkpoint."""
+"""The adapter: how it is put on a base, and how the finished one takes its place in a checkpoint's folder."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, set_seed
+
 from mtgdm import rows
+from mtgdm.errors import UserError
 from mtgdm.student.chat import Chat
 
 _LAST = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    targets: str | list[str]
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), which keeps high ranks learning (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Train the length of each weight's columns apart from their direction (Liu et al. 2024)."""
+
+    @property
+    def config(self) -> LoraConfig:
+        """The same as PEFT takes it."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            task_type="CAUSAL_LM",
+        )
+
+
+def with_adapter(model: PreTrainedModel, lora: LoraSettings, *, checkpointing: bool, seed: int) -> PeftModel:
+    """The model with a fresh LoRA adapter, the only part that is trained."""
+    set_seed(seed)
+    # PEFT's own preparation of a 4-bit model would hold its embeddings and its output layer in float32, and with
+    # them all that flows from layer to layer: gigabytes for a large vocabulary, where LoRA without 4-bit does not.
+    if checkpointing:
+        # The embeddings are frozen: without this no gradient would reach a checkpointed layer.
+        model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+    model.config.use_cache = False
+    try:
+        adapted = get_peft_model(model, lora.config)
+    except ValueError as error:
+        raise UserError(f"no adapter can be put on this model: {error}") from error
+    assert isinstance(adapted, PeftModel)
+    return adapted
 
 
 def finish(folder: Path, best: Path, chat: Chat, base_model: str, training: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ stops when it is asked for the next answer, so the place is the one from which t
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
+from mtgdm.checkpoints import template_fingerprint
 from mtgdm.domain import Message
 from mtgdm.errors import UserError
 
@@ -72,8 +72,8 @@ class Chat:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the template: training and evaluation must use the same."""
-        return hashlib.sha256(str(self.tokenizer.chat_template).encode("utf-8")).hexdigest()[:16]
+        """A short hash of the template: training, evaluation and package must use the same."""
+        return template_fingerprint(str(self.tokenizer.chat_template))
 
     @cached_property
     def end_of_turn(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import TypeVar
 import torch.distributed
 
 from mtgdm import processes
+from mtgdm.errors import UserError
 from mtgdm.student.base import Placement
 
 PATIENCE = timedelta(hours=2)
@@ -29,10 +31,23 @@ def joined(placement: Placement) -> Iterator[None]:
         return
     from accelerate import PartialState
 
+    _refuse_scattered_checkpoints()
     state = PartialState(cpu=placement.on_cpu, timeout=PATIENCE)
     yield
     state.wait_for_everyone()
     torch.distributed.destroy_process_group()
+
+
+def _refuse_scattered_checkpoints() -> None:
+    """UserError where FSDP would leave each process's part of the adapter in a file of its own."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    if kind != "FULL_STATE_DICT":
+        raise UserError(
+            f"FSDP is set to save checkpoints as {kind}, from which no adapter can be taken",
+            hint="fsdp_state_dict_type: FULL_STATE_DICT in the config of `accelerate launch`",
+        )
 
 
 @contextmanager

@@ -47,23 +47,27 @@ class Shape:
     """Features that the norms of one layer read."""
     vocabulary: int
 
-    def kept_per_position(self, *, width: int, mask: int) -> int:
+    def kept_per_position(self, *, width: int, mask: int, bin_tokens: int = 0) -> int:
         """Bytes one position keeps of all layers for the backward pass.
 
         `width` are the bytes of a number in the matrix products, `mask` those that dropout remembers of a feature.
         A layer keeps: the input of its norms in float32; queries, keys, values and the output of attention,
         with a normaliser of each head in float32; three results of the gated feed-forward; of each layer with an
         adapter the input, cast for it alone, and the adapter's inner result. (In float32 without dropout nothing
-        is cast and some inputs are shared: there this is too much by up to a quarter.)
+        is cast and some inputs are shared: there this is too much by up to a quarter.) In bins of `bin_tokens` each
+        layer holds its line of the attention mask too, and keys and values once for every head.
         """
         attention = 2 * self.heads * self.head_size + 2 * self.key_value_heads * self.head_size
+        if bin_tokens:
+            attention += bin_tokens + 2 * (self.heads - self.key_value_heads) * self.head_size
         a_layer = 4 * self.normalized + width * (attention + 3 * self.feed_forward) + 4 * self.heads
         adapters = (width + mask) * self.adapter_inputs + width * self.adapter_ranks
         return self.layers * a_layer + adapters + 4 * self.hidden
 
-    def logits_per_trained(self, *, width: int) -> int:
-        """Bytes one trained token costs at the output: its logits, their float32, the log-softmax or its gradient."""
-        return self.vocabulary * (10 if width == 2 else 8)
+    @property
+    def logits_per_trained(self) -> int:
+        """Bytes one trained token costs at the output: log-softmax, its gradient and that of the logits, in float32."""
+        return 3 * 4 * self.vocabulary
 
 
 @dataclass(frozen=True)
@@ -103,17 +107,26 @@ class Demand:
     checkpointing: bool
     mask: int
     """Bytes dropout remembers of a feature: none without dropout, 1 on a GPU, 4 on a CPU."""
+    bin_tokens: int = 0
+    """Tokens of a bin; 0 without packing."""
     processes: int = 1
 
     def of_batch(self, shape: Shape, positions: int, trained: int) -> tuple[int, int]:
         """Bytes of activations and of logits of a batch; `positions` counts padding too."""
-        kept = shape.kept_per_position(width=self.width, mask=self.mask)
+        kept = positions * shape.kept_per_position(
+            width=self.width, mask=self.mask, bin_tokens=self.bin_tokens
+        )
+        logits = trained * shape.logits_per_trained
+        # What flows back through a layer: by then the logits are gone.
+        working = positions * self.width * (shape.feed_forward + 2 * shape.hidden)
         if self.checkpointing:
-            # The input of every layer, and one layer at a time in full.
-            kept = shape.layers * self.width * shape.hidden + kept // shape.layers + 4 * shape.hidden
+            # The input of every layer is kept, and one layer at a time is computed anew in full.
+            working += kept // shape.layers
+            kept = positions * (shape.layers * self.width + 4) * shape.hidden
+        kept += max(0, working - logits)
         # Weights in 4-bit are unpacked for each product, the largest of them here.
         unpacked = self.width * shape.largest_layer if self.four_bit else 0
-        return positions * kept + unpacked, trained * shape.logits_per_trained(width=self.width)
+        return kept + unpacked, logits
 
     def estimate(self, shape: Shape, positions: int, trained: int) -> Memory:
         """The memory of a run whose hungriest batch has so many positions and trained tokens."""
