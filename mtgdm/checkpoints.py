@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from mtgdm.errors import UserError
 from mtgdm.rows import manifest_path
@@ -29,8 +29,11 @@ def hub_id(name: str) -> str:
     """The Hub id that a sloppily written name stands for.
 
     A link, a name without its owner and an Ollama tag are understood: `Qwen2.5-3B-Instruct`,
-    `qwen2.5:3b-instruct-q4_K_M` and `huggingface.co/Qwen/Qwen2.5-3B-Instruct` are `Qwen/Qwen2.5-3B-Instruct`.
+    `qwen2.5:3b-instruct-q4_K_M` and `huggingface.co/Qwen/Qwen2.5-3B-Instruct` are `Qwen/Qwen2.5-3B-Instruct`. What
+    can only be a path stays as it is.
     """
+    if name.startswith((".", "/", "~")) or PureWindowsPath(name).is_absolute():
+        return name
     plain = name.strip().strip("\"'").replace("\\", "/").strip("/")
     if link := _HUB_LINK.match(plain):
         plain = "/".join(plain[link.end() :].split("?")[0].split("/")[:2])

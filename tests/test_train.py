@@ -700,3 +700,120 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(workspace: Pat
     plain = checkpoint(workspace).rename(workspace / "plain")
     trained(workspace, lora_dropout=0, gradient_checkpointing=True)
     assert furthest(plain, checkpoint(workspace)) <= 1e-6
+
+
+# --- what users brought --------------------------------------------------------------------------
+
+
+def test_targets_that_name_no_layer_are_refused_with_the_names_there_are(workspace: Path) -> None:
+    for targets in (["nosuch"], ["q_proj", "nosuch"], ["q_proj", "all-linear"]):
+        error = refused_again(workspace, lora_targets=targets)
+        assert error.exit_code == 2 and str(error).startswith(
+            "--lora-targets: no layer of this model is called"
+        )
+        assert error.hint and error.hint.endswith(
+            "gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+        )
+    assert "no adapter can be put on this model" in str(
+        refused_again(workspace, lora_targets=["input_layernorm"])
+    )
+    trained(workspace, lora_targets=["q_proj", "v_proj"], max_steps=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"seed": -1},
+        {"seed": 2**32},
+        {"warmup": math.inf},
+        {"lr": math.inf},
+        {"epochs": math.nan},
+        {"student_base": ""},
+    ],
+)
+def test_numbers_that_no_training_can_have_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="1 validation error"):
+        train.config(**settings)
+
+
+def test_weights_that_are_damaged_are_one_line(workspace: Path) -> None:
+    path = workspace / "base" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "the model cannot be loaded" in str(refused(workspace))
+
+
+def test_a_tokenizer_of_another_model_is_seen_before_the_first_step(workspace: Path) -> None:
+    path = workspace / "base" / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "vocab_size": 50}), encoding="utf-8")
+    assert re.search(r"makes token [\d,]+, and the model knows 50", str(refused(workspace)))
+
+
+def test_a_prompt_in_two_splits_is_refused_whatever_its_spot(workspace: Path) -> None:
+    copy = teacher_row("西湖", "val")
+    write_lines(
+        workspace / "data" / "teacher.jsonl",
+        teacher_row("西湖", "train"),
+        teacher_row("泰山", "train"),
+        {**copy, "meta": {**copy["meta"], "spot": "另一个"}},
+    )
+    assert "1 prompts stand in more than one split" in str(refused(workspace))
+
+
+def test_a_lone_surrogate_in_an_answer_is_trained_as_a_replacement_character(workspace: Path) -> None:
+    row = json.dumps(teacher_row("西湖", "train", "湖光\ud800山色"), ensure_ascii=True)
+    path = workspace / "data" / "teacher.jsonl"
+    path.write_text(path.read_text(encoding="utf-8") + row + "\n", encoding="utf-8")
+    trained(workspace, max_steps=1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:672]")],
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
+    workspace: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtgdm.student import trainer
+
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.StudentTrainer, "_save_optimizer_and_scheduler", full)
+        stopped = refused(workspace)
+    assert "there is no room left for a checkpoint" in str(stopped) and "make room" in str(stopped.hint)
+    trained(workspace)
+
+
+def test_a_kill_between_the_adapter_and_its_manifest_costs_nothing(workspace: Path) -> None:
+    ran = trained(workspace)
+    (checkpoint(workspace).parent / "base-lora.manifest.json").unlink()
+    again = trained(workspace)
+    assert any("this very training is finished" in line for line in again.printed)
+    assert again.result.summary == ran.result.summary
+    assert (checkpoint(workspace).parent / "base-lora.manifest.json").is_file()
+
+
+def test_a_checkpoint_whose_best_one_is_gone_is_not_gone_on_from(workspace: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(5, patch)
+        trained(workspace)
+    path = checkpoint(workspace) / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    assert state["best_global_step"] == 3
+    path.write_text(json.dumps({**state, "best_global_step": 1}), encoding="utf-8")
+    ran = trained(workspace)
+    assert any("going on from step 3 of 6" in line for line in ran.printed)
+
+
+def test_the_newest_checkpoint_is_deleted_first(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that the run is finished: without the best one beside it nothing could be made of it."""
+    from mtgdm.student import resume
+
+    for step in (3, 20, 100):
+        (workspace / f"checkpoint-{step}").mkdir()
+    gone: list[str] = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path: gone.append(path.name))
+    assert resume.remove_checkpoints(workspace, keep=frozenset({workspace / "checkpoint-3"})) == 2
+    assert gone == ["checkpoint-100", "checkpoint-20"]

@@ -46,7 +46,7 @@ class TrainConfig(StageConfig):
 
     in_: Annotated[Path, Input()] = Field(Path("data/teacher.jsonl"), alias="in")
     """The answered rows."""
-    student_base: str = "Qwen/Qwen2.5-3B-Instruct"
+    student_base: str = Field("Qwen/Qwen2.5-3B-Instruct", min_length=1)
     """The model to train: a Hub id, a folder, or `mtgdm-tiny`, the offline base that ships with mtgdm. A Hub link, an
     Ollama tag and a name without its owner are understood."""
     ckpt_out: Annotated[Path | None, Output()] = None
@@ -79,17 +79,17 @@ class TrainConfig(StageConfig):
     """Scale the adapter by alpha / sqrt(rank), which keeps high ranks learning."""
     lora_dora: bool = False
     """DoRA: train the size of each weight apart from its direction; slower, sometimes better at low ranks."""
-    epochs: float = Field(3.0, gt=0)
+    epochs: float = Field(3.0, gt=0, allow_inf_nan=False)
     """Passes over the rows."""
     max_steps: int = Field(0, ge=0)
     """Stop after so many steps, whatever the epochs; 0 goes by epochs."""
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(2e-4, gt=0, allow_inf_nan=False)
     """Highest learning rate."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """How the learning rate falls."""
-    warmup: float = Field(0.03, ge=0)
+    warmup: float = Field(0.03, ge=0, allow_inf_nan=False)
     """Warm-up: a share of all steps below 1, else a number of steps."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight decay of AdamW."""
     batch: int = Field(2, ge=1)
     """Rows a device computes at once; with packing at most so many bins."""
@@ -105,7 +105,7 @@ class TrainConfig(StageConfig):
     """What happens to longer rows."""
     val_ratio: float = Field(rows.VAL_RATIO, ge=0, lt=1)
     """Share of `val` among rows that carry no split of their own."""
-    seed: int = 42
+    seed: int = Field(42, ge=0, lt=2**32)
     """Seed of the adapter, the order of the rows and the dropout."""
     eval_steps: int = Field(50, ge=1)
     """Measure the loss on val every so many steps; the best checkpoint is the result."""
@@ -227,6 +227,7 @@ def _train(
         shape = memory.shape_of(base.load_config(source, config.student_base), lora.config)
     _refuse_cpu(config, placement, shape)
     train_rows, val_rows = _examples(config, context, split, chat)
+    _refuse_unknown_tokens(config, [*train_rows, *val_rows], shape)
     if not val_rows:
         context.warn(
             f"no row of {config.in_.name} is in the split `val`: no eval loss, no early stop, the last step counts"
@@ -249,6 +250,10 @@ def _train(
     hungriest, expected = _memory(config, train_rows, layout, shape, on_cpu=placement.on_cpu)
     loop = _loop(config, layout, reporters, run_name=f"{config.ckpt_out.name}-{context.timestamp}")
     fingerprint = _fingerprint(config, source, chat, train_rows, val_rows, layout)
+    done = distributed.from_first(_finished_already(config.ckpt_out, fingerprint))
+    if done is not None:
+        context.print("this very training is finished, its adapter is there: only its manifest was missing")
+        return _result(done, peak_memory_mib=None)
     resume = distributed.from_first(
         _to_resume(config.ckpt_out, fingerprint, context) if processes.is_first() else None
     )
@@ -302,22 +307,12 @@ def _train(
     points.add(ended)
     context.log.info("end %s", json.dumps(ended))
     if processes.is_first():
-        training = _training(config, chat, train_rows, val_rows, outcome)
+        training = _training(config, chat, train_rows, val_rows, outcome) | {"fingerprint": fingerprint}
         adapter.finish(config.ckpt_out, outcome.adapter, chat, config.student_base, training)
         if not config.keep_checkpoints:
             remove_checkpoints(config.ckpt_out)
-    return Result(
-        counts={
-            "train_rows": len(train_rows),
-            "val_rows": len(val_rows),
-            "steps": outcome.steps,
-            "best_step": outcome.best_step,
-            "best_eval_loss": outcome.best_eval_loss,
-            "template_fingerprint": chat.fingerprint,
-            "peak_memory_mib": ended["peak_memory_mib"],
-        },
-        summary=_summary(outcome),
-    )
+    told = _training(config, chat, train_rows, val_rows, outcome)
+    return _result(told, peak_memory_mib=ended["peak_memory_mib"])
 
 
 def _expected(config: TrainConfig) -> dict[str, Any]:
@@ -414,6 +409,16 @@ def _loop(config: TrainConfig, layout: Layout, reporters: tuple[str, ...], *, ru
     )
 
 
+def _refuse_unknown_tokens(config: TrainConfig, rows_: Sequence[Example], shape: Shape | None) -> None:
+    """A tokenizer of another model would name tokens that the base has no embedding for."""
+    largest = max(max(example.tokens.ids) for example in rows_)
+    if shape is not None and largest >= shape.vocabulary:
+        raise UserError(
+            f"the tokenizer of {config.student_base} makes token {largest:,}, and the model knows {shape.vocabulary:,}",
+            hint="tokenizer and weights of two models lie in one folder: fetch the model anew",
+        )
+
+
 def _refuse_cpu(config: TrainConfig, placement: Placement, shape: Shape | None) -> None:
     """Nobody shall wait for days on a CPU because a driver is missing."""
     if not placement.on_cpu or config.device_mode == "cpu" or config.allow_cpu:
@@ -453,11 +458,11 @@ def _examples(
             f"rows longer than --max-len {config.max_len:,}: {fitted.dropped:,} left out, {fitted.truncated:,} cut "
             f"(of {len(everything):,})"
         )
-    of_train = {example.row.id for example in encoded["train"]}
-    train = [example for example in fitted.examples if example.row.id in of_train]
+    of_train = {id(example.row) for example in encoded["train"]}
+    train = [example for example in fitted.examples if id(example.row) in of_train]
     if not train:
         raise UserError("every row is longer than --max-len", where=config.in_, hint="a larger --max-len")
-    return train, [example for example in fitted.examples if example.row.id not in of_train]
+    return train, [example for example in fitted.examples if id(example.row) not in of_train]
 
 
 def _layouts(config: TrainConfig, train: Sequence[Example]) -> tuple[Layout, Layout]:
@@ -579,8 +584,8 @@ def _fingerprint(
             "step": [layout.bin_tokens, layout.items_a_step],
             "base": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
             "template": chat.fingerprint,
-            "train": [settings_digest({"messages": example.row.messages}) for example in train],
-            "val": [settings_digest({"messages": example.row.messages}) for example in val],
+            "train": [settings_digest({"tokens": example.tokens.ids}) for example in train],
+            "val": [settings_digest({"tokens": example.tokens.ids}) for example in val],
         }
     )
 
@@ -589,7 +594,7 @@ def _to_resume(folder: Path, fingerprint: str, context: Context) -> WholeCheckpo
     """The newest whole checkpoint of this very run; those of other settings or rows are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = whole_checkpoints(folder)
-    mine = [checkpoint for checkpoint in whole if checkpoint.mark.fingerprint == fingerprint]
+    mine = [one for one in whole if one.mark.fingerprint == fingerprint and one.is_usable]
     gone = remove_checkpoints(folder, keep=frozenset(checkpoint.path for checkpoint in mine))
     if gone and len(mine) < len(whole):
         context.print("the settings, the rows or the base changed since the interrupted run: starting anew")
@@ -623,17 +628,37 @@ def _training(
         "best_eval_loss": outcome.best_eval_loss,
         "first_eval_loss": outcome.first_eval_loss,
         "stopped_early": outcome.stopped_early,
+        "seconds": round(outcome.seconds, 3),
         "train_spots": sorted({one.row.spot for one in train_rows if one.row.spot is not None}),
         "train_ids_without_spot": sorted({one.row.id for one in train_rows if one.row.spot is None}),
     }
 
 
-def _summary(outcome: Outcome) -> str:
-    if outcome.best_eval_loss is None:
-        return f"{outcome.steps:,} steps in {outcome.seconds:,.0f} s, not checked on val"
-    start = "" if outcome.first_eval_loss is None else f"{outcome.first_eval_loss:.3f} → "
-    early = ", stopped early" if outcome.stopped_early else ""
-    return (
-        f"{outcome.steps:,} steps in {outcome.seconds:,.0f} s{early} · loss on val {start}{outcome.best_eval_loss:.3f} "
-        f"at step {outcome.best_step:,}"
+def _finished_already(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The training.json of this very training where a kill came between its adapter and its manifest."""
+    path = folder / "training.json"
+    if not (folder / "adapter_config.json").is_file() or rows.manifest_path(folder).is_file():
+        return None
+    try:
+        training: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return training if training.get("fingerprint") == fingerprint else None
+
+
+def _result(training: Mapping[str, Any], *, peak_memory_mib: int | None) -> Result:
+    """What the end and the manifest tell of a training."""
+    told = ("train_rows", "val_rows", "steps", "best_step", "best_eval_loss", "template_fingerprint")
+    return Result(
+        counts={**{key: training[key] for key in told}, "peak_memory_mib": peak_memory_mib},
+        summary=_summary(training),
     )
+
+
+def _summary(training: Mapping[str, Any]) -> str:
+    took = f"{training['steps']:,} steps in {training['seconds']:,.0f} s"
+    if training["best_eval_loss"] is None:
+        return f"{took}, not checked on val"
+    start = "" if training["first_eval_loss"] is None else f"{training['first_eval_loss']:.3f} → "
+    early = ", stopped early" if training["stopped_early"] else ""
+    return f"{took}{early} · loss on val {start}{training['best_eval_loss']:.3f} at step {training['best_step']:,}"

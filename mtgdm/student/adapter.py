@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import Linear
 from transformers import PreTrainedModel, set_seed
 
 from mtgdm import rows
-from mtgdm.errors import UserError
+from mtgdm.errors import SettingError, UserError
 from mtgdm.student.chat import Chat
 
 _LAST = "adapter_config.json"
@@ -54,10 +55,31 @@ def with_adapter(model: PreTrainedModel, lora: LoraSettings, *, checkpointing: b
         # The embeddings are frozen: without this no gradient would reach a checkpointed layer.
         model.enable_input_require_grads()  # type: ignore[no-untyped-call]
     model.config.use_cache = False
+    return put_on(model, lora.config)
+
+
+def put_on(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """The model with an adapter; UserError where it takes none, SettingError for targets that name no layer."""
+    targets = config.target_modules if isinstance(config.target_modules, set | list) else []
+    names = [name for name, _ in model.named_modules()]
+    unknown = sorted(
+        one for one in targets if not any(name == one or name.endswith(f".{one}") for name in names)
+    )
+    if unknown or not config.target_modules:
+        linear = {
+            name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, Linear)
+        }
+        raise SettingError(
+            f"no layer of this model is called {', '.join(unknown) or 'so'}",
+            where="--lora-targets",
+            hint=f"all-linear alone, or of: {', '.join(sorted(linear))}",
+        )
     try:
-        adapted = get_peft_model(model, lora.config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"no adapter can be put on this model: {error}") from error
+        raise UserError(
+            f"no adapter can be put on this model: {error}", hint="--lora-targets all-linear"
+        ) from error
     assert isinstance(adapted, PeftModel)
     return adapted
 

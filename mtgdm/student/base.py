@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +38,10 @@ TINY = "mtgdm-tiny"
 
 _LFS = b"version https://git-lfs"
 _SAVE_MEMORY = "--load-in-4bit, or a smaller model"
+
+
+_DISK_IS_FULL = ("No space left", "inline_container", "PytorchStreamWriter")
+"""How Python, torch.save and safetensors say it."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +247,21 @@ def memory_errors(hint: str = _SAVE_MEMORY, *, doing: str = "out of memory") -> 
         raise
 
 
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Say that the disk is full, in the words of none of the libraries that meet it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in _DISK_IS_FULL):
+            raise
+        raise UserError(
+            "there is no room left for a checkpoint",
+            where=folder,
+            hint="make room, then the same command goes on from the last whole checkpoint; `mtgdm plan` tells the need",
+        ) from error
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether PyTorch failed for want of memory, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
@@ -252,7 +272,7 @@ def _readable_errors(source: str, name: str) -> Iterator[None]:
     """Turn what the Hub and the file formats raise into one line and a way out."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
         if isinstance(error, SettingError | UserError):
             raise
         kinds = {type(cause).__name__ for cause in _causes(error)}

@@ -43,9 +43,11 @@ def read_splits(path: Path, val_ratio: float) -> dict[Split, list[Row]]:
     """The rows by split; a spot in two splits, an empty file and a file without `train` stop the run."""
     found: dict[Split, list[Row]] = {"train": [], "val": [], "test": []}
     of_spot: dict[str, set[Split]] = {}
+    of_id: dict[str, set[Split]] = {}
     for row in read_rows(path, answered=True):
         split = _split_of(row, val_ratio)
         found[split].append(row)
+        of_id.setdefault(row.id, set()).add(split)
         if row.spot is not None:
             of_spot.setdefault(row.spot, set()).add(split)
     both = sorted(spot for spot, splits in of_spot.items() if len(splits) > 1)
@@ -53,6 +55,13 @@ def read_splits(path: Path, val_ratio: float) -> dict[Split, list[Row]]:
         raise UserError(
             f"{len(both):,} spots stand in more than one split, so what is checked would have been trained on: "
             f"{'、'.join(both[:3])}{' …' if len(both) > 3 else ''}",
+            where=path,
+            hint="the split hangs on the spot: make the prompts again with `mtgdm prompts`",
+        )
+    twice = sum(len(splits) > 1 for splits in of_id.values())
+    if twice:
+        raise UserError(
+            f"{twice:,} prompts stand in more than one split, so what is checked would have been trained on",
             where=path,
             hint="the split hangs on the spot: make the prompts again with `mtgdm prompts`",
         )

@@ -10,9 +10,11 @@ import sys
 from dataclasses import asdict, dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from mtgdm.student.adapter import put_on
 
 MIB = 2**20
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
@@ -158,7 +160,7 @@ def shape_of(config: PretrainedConfig, lora: LoraConfig) -> Shape | None:
             if isinstance(module, torch.nn.Linear) and module is not base.get_output_embeddings()
         ]
         parameters = sum(value.numel() for value in base.parameters())
-        model = get_peft_model(base, lora)
+        model = put_on(base, lora)
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads

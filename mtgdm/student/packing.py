@@ -93,7 +93,7 @@ def packed(
     tokens_a_step = math.ceil(rows_a_step * sum(lengths) / len(lengths))
     bin_tokens = min(max_len, max(max(lengths), min(BIN_TOKENS, tokens_a_step)))
     bins = len(best_fit(lengths, bin_tokens))
-    bins_a_step = max(1, round(rows_a_step * bins / len(lengths)))
+    bins_a_step = min(bins, max(1, round(rows_a_step * bins / len(lengths))))
     return _measured(lengths, bins, bin_tokens, bins_a_step, min(batch, bins_a_step), processes, seed)
 
 

@@ -39,6 +39,16 @@ class WholeCheckpoint:
     mark: Mark
 
     @property
+    def is_usable(self) -> bool:
+        """Whether the best checkpoint of its run, which would be the result, is still there too."""
+        try:
+            state = json.loads((self.path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        best = state.get("best_global_step")
+        return not best or _mark(self.path.with_name(f"checkpoint-{best}")) is not None
+
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         """The points of the run up to this checkpoint."""
         lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
@@ -66,14 +76,13 @@ def write_mark(folder: Path, mark: Mark, metrics: list[dict[str, Any]]) -> None:
 
 def remove_checkpoints(folder: Path, *, keep: frozenset[Path] = frozenset()) -> int:
     """Delete `checkpoint-N/` folders, broken ones too; returns how many went."""
-    gone = 0
-    for child in list(folder.iterdir()) if folder.is_dir() else []:
-        if _FOLDER.fullmatch(child.name) and child not in keep:
-            # The mark goes first: what a kill leaves half deleted must not count as whole.
-            (child / MARK).unlink(missing_ok=True)
-            shutil.rmtree(child)
-            gone += 1
-    return gone
+    found = [child for child in folder.iterdir() if _FOLDER.fullmatch(child.name)] if folder.is_dir() else []
+    gone = [child for child in found if child not in keep]
+    # The newest goes first, and of each its mark: what a kill leaves must neither count as whole nor as finished.
+    for child in sorted(gone, key=lambda child: int(child.name.rpartition("-")[2]), reverse=True):
+        (child / MARK).unlink(missing_ok=True)
+        shutil.rmtree(child)
+    return len(gone)
 
 
 def _mark(folder: Path) -> Mark | None:

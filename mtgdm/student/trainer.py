@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from mtgdm.errors import UserError
-from mtgdm.student.base import Placement, memory_errors
+from mtgdm.student.base import Placement, disk_errors, memory_errors
 from mtgdm.student.examples import Example
 from mtgdm.student.packing import Batches, Item, Layout, Rows, collate
 from mtgdm.student.resume import WholeCheckpoint
@@ -290,7 +290,7 @@ def train(
             trainer.state = TrainerState.load_from_json(str(resume.path / "trainer_state.json"))
             watch.stopped_early = resume.mark.step < resume.mark.total_steps
         else:
-            with memory_errors(settings.save_memory):
+            with memory_errors(settings.save_memory), disk_errors(folder):
                 trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
     state = trainer.state
     best = state.best_global_step if state.best_global_step else state.global_step
