@@ -144,8 +144,11 @@ class Evaluation:
         for row in found.rows:
             if row["id"] in judged:
                 row["judge"] = judged[row["id"]]
+        # With --limit the file holds rows that were not asked about this time: they stay as they are.
+        now = {row["id"]: row for row in found.rows}
+        there = [rows.parse_object(self._out, *line) for line in rows.read_lines(self._out)]
         with rows.replace(self._out) as file:
-            file.writelines(rows.encode(row) for row in found.rows)
+            file.writelines(rows.encode(now.get(row["id"], row)) for row in there)
         with rows.replace(self.metrics_path) as file:
             file.writelines(rows.encode(metrics_line(row)) for row in found.rows)
 
