@@ -129,3 +129,14 @@ def test_a_reply_that_is_no_verdict_is_asked_for_once_more_and_then_not_counted(
     assert asked_of_judge(server) == 8
     assert any("4 of 4 verdicts did not come" in line for line in ran.warnings)
     assert all("judge" not in row for row in outputs(tmp_path))
+
+
+def test_a_judge_of_some_rows_leaves_the_answers_to_the_others(tmp_path: Path, server: OllamaServer) -> None:
+    write_test_rows(tmp_path)
+    judging(server, right_one)
+    evaluated(tmp_path, server)
+    before = outputs(tmp_path)
+    judged(tmp_path, server, limit=2)
+    after = outputs(tmp_path)
+    assert [row["id"] for row in after] == [row["id"] for row in before]
+    assert sum("judge" in row for row in after) == 2
