@@ -107,9 +107,12 @@ def headline(data: Mapping[str, Any]) -> str:
     now = student["char_f1"]["mean"]
     if not difference:
         return f"student alone ({of}): char_f1 {now:.2f}"
-    better = len(data["verdict"]["better"])
+    better, worse = len(data["verdict"]["better"]), len(data["verdict"]["worse"])
     gain = f": char_f1 {base['char_f1']['mean']:.2f} → {now:.2f}" if "char_f1" in base else ""
-    return f"student beats its base on {better} of {len(difference)} metrics ({of}){gain}"
+    if not better and not worse:
+        return f"too few rows to tell the student from its base ({of}){gain}"
+    lost = f", is worse on {worse}" if worse else ""
+    return f"student beats its base on {better} of {len(difference)} metrics{lost} ({of}){gain}"
 
 
 def comparison(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -430,8 +433,8 @@ def _of_group(group: Mapping[str, Any], key: str) -> str:
 def _title(data: Mapping[str, Any]) -> str:
     if not data["difference"]:
         return "Student evaluated on its own"
-    better, of = len(data["verdict"]["better"]), len(data["difference"])
-    return f"Student beats its base on {better} of {of} metrics"
+    sentence = headline(data).split(" (")[0]
+    return sentence[0].upper() + sentence[1:]
 
 
 def _present(data: Mapping[str, Any]) -> list[Metric]:
