@@ -306,13 +306,12 @@ def _train(
     }
     points.add(ended)
     context.log.info("end %s", json.dumps(ended))
+    training = _training(config, chat, train_rows, val_rows, outcome) | {"fingerprint": fingerprint}
     if processes.is_first():
-        training = _training(config, chat, train_rows, val_rows, outcome) | {"fingerprint": fingerprint}
         adapter.finish(config.ckpt_out, outcome.adapter, chat, config.student_base, training)
         if not config.keep_checkpoints:
             remove_checkpoints(config.ckpt_out)
-    told = _training(config, chat, train_rows, val_rows, outcome)
-    return _result(told, peak_memory_mib=ended["peak_memory_mib"])
+    return _result(training, peak_memory_mib=ended["peak_memory_mib"])
 
 
 def _expected(config: TrainConfig) -> dict[str, Any]:
@@ -539,17 +538,7 @@ def _memory(
 
 def _shaping(config: TrainConfig) -> dict[str, Any]:
     """The settings that shape the result."""
-    skipped = {
-        "in_",
-        "ckpt_out",
-        "save_steps",
-        "logging_steps",
-        "keep_checkpoints",
-        "preview",
-        "allow_cpu",
-        "report_to",
-    }
-    return config.model_dump(mode="json", exclude=skipped)
+    return config.model_dump(mode="json", exclude=_ABOUT_THE_RUN)
 
 
 _ABOUT_THE_RUN = {
@@ -562,6 +551,7 @@ _ABOUT_THE_RUN = {
     "allow_cpu",
     "report_to",
 }
+"""Settings that change nothing about the result."""
 _HOW_NOT_WHAT = {"batch", "grad_accum", "packing", "gradient_checkpointing", "attention", "device_mode"}
 """Settings that say how a step is computed: which rows it takes stands in the layout."""
 
