@@ -347,6 +347,11 @@ def _width(lines: Sequence[Sequence[str]]) -> int:
     return sum(widths) + len(widths) - 1
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 answer`, `1,200 answers`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _rounded(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2f}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from mtgdm.scoring.row import score
 from mtgdm.stages.eval import run as evaluate
 from mtgdm.stages.train import run as train
 from mtgdm.student.noise import quiet
+from mtgdm.terminal import counted
 from mtgdm.testing import StageRun
 from mtgdm.testing import run as run_stage
 from tests.conftest import read_rows, spot, write_lines
@@ -232,6 +235,14 @@ def test_a_spot_written_in_another_way_is_a_leak_all_the_same(workspace: Path) -
         evaluated(workspace, test="data/other.jsonl")
 
 
+def test_a_row_that_was_trained_on_is_a_leak_whoever_says_what_it_is_about(workspace: Path) -> None:
+    found = read_rows(workspace / "data" / "teacher.jsonl")
+    row = next(one for one in found if one["meta"]["split"] == "train")
+    write_lines(workspace / "data" / "other.jsonl", {"messages": row["messages"]})
+    with pytest.raises(UserError, match=r"trained on 1 of these spots \(1 of 1 row\)"):
+        evaluated(workspace, test="data/other.jsonl", split="all")
+
+
 def test_a_file_without_rows_of_the_split_is_refused(workspace: Path) -> None:
     write_lines(workspace / "data" / "other.jsonl", teacher_row("西湖", "train"))
     with pytest.raises(UserError, match="no row is in the split `test`"):
@@ -292,7 +303,7 @@ def _without_time(row: dict[str, Any]) -> dict[str, Any]:
 def test_other_settings_on_the_same_file_are_refused_with_two_ways_out(workspace: Path) -> None:
     evaluated(workspace)
     before = outputs(workspace)
-    with pytest.raises(UserError, match="with other settings") as caught:
+    with pytest.raises(UserError, match=r"asked now is .* at most 8 tokens") as caught:
         evaluated(workspace, max_new_tokens=8)
     assert "--overwrite" in str(caught.value.hint) and "--out" in str(caught.value.hint)
     assert outputs(workspace) == before
@@ -304,20 +315,130 @@ def test_answers_of_a_checkpoint_that_was_trained_again_are_replaced(workspace: 
     evaluated(workspace)
     run_stage(train, workspace, student_base="base", device_mode="cpu", max_steps=2, batch=4, lr=1e-3)
     ran = evaluated(workspace)
-    assert any("was trained again" in line for line in ran.printed)
+    assert any("its 4 answers will be replaced" in line for line in ran.printed)
     assert len({row["meta"]["eval"]["fingerprint"] for row in outputs(workspace)}) == 1
 
 
-def test_a_row_with_another_reference_is_asked_again(workspace: Path) -> None:
+def test_a_reference_or_a_record_that_changed_scores_the_same_answer_anew(workspace: Path) -> None:
     evaluated(workspace)
     path = workspace / "data" / "teacher.jsonl"
     found = read_rows(path)
     found[-1]["messages"][-1]["content"] = "另一个答案。"
-    write_lines(path, *found[:-2], found[-1])
+    found[-2]["meta"]["province"] = "湖北"
+    write_lines(path, *found[:-3], *found[-2:])
+    before = {row["id"]: row["output"] for row in outputs(workspace)}
     ran = evaluated(workspace)
-    assert "2 of 3 rows are there already" in ran.printed
-    assert [row["reference"] for row in outputs(workspace)][-1] == "另一个答案。"
-    assert len(outputs(workspace)) == 3
+    assert "dropped: 1 answer to rows that data/teacher.jsonl no longer holds" in ran.printed
+    assert "3 of 3 rows are there already" in ran.printed
+    now = outputs(workspace)
+    assert {row["id"]: row["output"] for row in now}.items() <= before.items()
+    assert now[-1]["reference"] == "另一个答案。" and now[-2]["meta"]["province"] == "湖北"
+    assert now[-1]["metrics"]["length_ratio"] == len("".join(now[-1]["output"].split())) / 6
+    assert [line["province"] for line in metrics_lines(workspace)].count("湖北") == 1
+
+
+def test_a_reference_that_utf8_cannot_hold_changes_nothing_from_run_to_run(workspace: Path) -> None:
+    path = workspace / "data" / "teacher.jsonl"
+    found = read_rows(path)
+    text = json.dumps(found[-1], ensure_ascii=True).replace("\\u666f", "\\ud800", 1)
+    lines = [rows.encode(row) for row in found[:-1]]
+    path.write_bytes(b"".join(lines) + text.encode("ascii") + b"\n")
+    evaluated(workspace)
+    written = (workspace / "data" / "eval_outputs.jsonl").stat().st_mtime_ns
+    evaluated(workspace)
+    assert len(outputs(workspace)) == 4
+    assert (workspace / "data" / "eval_outputs.jsonl").stat().st_mtime_ns == written
+
+
+def test_another_test_file_never_takes_the_answers_of_the_first(workspace: Path) -> None:
+    evaluated(workspace)
+    before = outputs(workspace)
+    found = read_rows(workspace / "data" / "teacher.jsonl")
+    other = workspace / "data" / "other.jsonl"
+    write_lines(other, *found[:-3])
+    for limit in (0, 1):
+        with pytest.raises(UserError, match=r"3 answers here to rows of data/teacher.jsonl") as caught:
+            evaluated(workspace, test="data/other.jsonl", limit=limit)
+        assert "--out" in str(caught.value.hint)
+        assert outputs(workspace) == before
+    write_lines(other, *found)  # the same rows in a file of another name
+    assert "4 of 4 rows are there already" in evaluated(workspace, test="data/other.jsonl").printed
+
+
+def test_rows_that_are_no_evaluation_are_never_overwritten(workspace: Path) -> None:
+    teacher = workspace / "data" / "teacher.jsonl"
+    prompts = workspace / "data" / "prompts.jsonl"
+    prompts.write_bytes(teacher.read_bytes()[:-9])  # the last line torn: it stays so too
+    before = prompts.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"prompts.jsonl:1: .*none of an evaluation"):
+            evaluated(workspace, out="data/prompts.jsonl", overwrite=overwrite)
+    assert prompts.read_bytes() == before
+    strange = workspace / "data" / "strange.jsonl"
+    strange.write_text('{"id": "1", "output": "x", "meta": {"eval": 3}}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="of another tool"):
+        evaluated(workspace, out="data/strange.jsonl")
+
+
+def test_answers_cut_under_another_limit_are_asked_again_and_the_others_stay(workspace: Path) -> None:
+    """The limit follows the references: a longer one raises it for all."""
+    evaluated(workspace, max_new_tokens=0)
+    cut = {row["id"] for row in outputs(workspace) if row["metrics"]["finish_reason"] == "length"}
+    path = workspace / "data" / "teacher.jsonl"
+    found = read_rows(path)
+    found[-1]["messages"][-1]["content"] = "很长。" * 60
+    write_lines(path, *found)
+    ran = evaluated(workspace, max_new_tokens=0)
+    assert cut
+    assert f"asked again: {counted(len(cut), 'row')}, under another limit of tokens" in ran.printed
+    together = {row["id"]: row["output"] for row in outputs(workspace)}
+    evaluated(workspace, max_new_tokens=0, overwrite=True)
+    assert together == {row["id"]: row["output"] for row in outputs(workspace)}
+
+
+def test_the_limit_of_tokens_is_that_of_all_rows_when_some_are_asked(workspace: Path) -> None:
+    path = workspace / "data" / "teacher.jsonl"
+    found = read_rows(path)
+    found[-1]["messages"][-1]["content"] = "很长。" * 60
+    write_lines(path, *found)
+    evaluated(workspace, max_new_tokens=0, limit=1)
+    evaluated(workspace, max_new_tokens=0)
+    assert len({row["meta"]["eval"]["max_new_tokens"] for row in outputs(workspace)}) == 1
+
+
+def test_another_base_under_the_same_name_is_another_student(workspace: Path) -> None:
+    evaluated(workspace)
+    make_base(workspace / "base", hidden=64, seed=1)
+    with pytest.raises(UserError, match="would replace all its 4 answers"):
+        evaluated(workspace, limit=2)
+    ran = evaluated(workspace)
+    assert any("trained again, or another base" in line for line in ran.printed)
+
+
+def test_a_model_that_was_only_touched_keeps_its_answers(workspace: Path) -> None:
+    merged = merge(workspace)
+    evaluated(workspace, model=str(merged), allow_leak=True)
+    os.utime(merged / "config.json", (1, 1))
+    for file in merged.glob("*.safetensors"):
+        os.utime(file, (1, 1))
+    ran = evaluated(workspace, model=str(merged), allow_leak=True)
+    assert "4 of 4 rows are there already" in ran.printed
+
+
+def test_weights_that_changed_in_one_place_in_a_thousand_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtgdm.evaluation import local
+
+    monkeypatch.setattr(local, "_WHOLE_BYTES", 0)
+    file = tmp_path / "model.safetensors"
+    weights = bytearray(os.urandom(8 * 2**20))
+    file.write_bytes(weights)
+    before = local._contents(str(tmp_path))
+    assert local._contents(str(tmp_path)) == before
+    weights[::1000] = bytes(len(weights[::1000]))
+    file.write_bytes(weights)
+    assert local._contents(str(tmp_path)) != before
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -381,6 +502,63 @@ def test_models_that_cannot_be_used_are_one_line(workspace: Path, tmp_path: Path
     with pytest.raises(UserError, match="there is no finished checkpoint") as caught:
         evaluated(workspace)
     assert "mtgdm train" in str(caught.value.hint)
+
+
+def test_what_is_wrong_with_an_adapter_is_said(workspace: Path) -> None:
+    checkpoint = workspace / "data" / "checkpoints" / "base-lora"
+    config = checkpoint / "adapter_config.json"
+    weights = checkpoint / "adapter_model.safetensors"
+    known, whole = config.read_text(encoding="utf-8"), weights.read_bytes()
+    value = json.loads(known)
+    for text, message in (
+        ("[]", "holds no JSON object but list"),
+        (
+            json.dumps({key: value[key] for key in value if key != "peft_type"}),
+            "no LoRA adapter: its peft_type",
+        ),
+        (json.dumps(value | {"r": "8"}), "its rank `r` is '8'"),
+        (json.dumps(value | {"r": value["r"] + 1}), "weights have rank"),
+    ):
+        config.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            evaluated(workspace)
+    config.write_text(known, encoding="utf-8")
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="weights cannot be read") as caught:
+        evaluated(workspace)
+    assert "copy the checkpoint anew" in str(caught.value.hint)
+    weights.unlink()
+    with pytest.raises(UserError, match="weights of the adapter are missing"):
+        evaluated(workspace)
+
+
+def test_a_folder_without_a_model_says_where_one_lies(workspace: Path) -> None:
+    package = workspace / "data" / "export" / "student"
+    (package / "merged").mkdir(parents=True)
+    with pytest.raises(UserError, match="no model lies in this folder") as caught:
+        evaluated(workspace, model="data/export/student")
+    assert "--model" in str(caught.value.hint) and str(caught.value.hint).endswith("merged")
+
+
+def test_a_base_named_by_hand_wins_over_what_the_adapter_says(workspace: Path) -> None:
+    path = workspace / "data" / "checkpoints" / "base-lora" / "adapter_config.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(value | {"base_model_name_or_path": "/gone/base"}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"training.json says that the base was"):
+        evaluated(workspace)
+    evaluated(workspace, base_model="base")
+    assert len(outputs(workspace)) == 4
+
+
+def test_an_answer_ends_where_the_context_of_the_model_does(workspace: Path) -> None:
+    evaluated(workspace, max_new_tokens=64)
+    longest = max(row["metrics"]["prompt_tokens"] for row in outputs(workspace))
+    path = workspace / "base" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"max_position_embeddings": longest + 6}), encoding="utf-8")
+    evaluated(workspace, max_new_tokens=64, overwrite=True)
+    for row in outputs(workspace):
+        assert row["metrics"]["prompt_tokens"] + row["metrics"]["output_tokens"] <= longest + 6
 
 
 def test_an_adapter_of_another_base_is_one_line(workspace: Path) -> None:
@@ -527,7 +705,7 @@ def test_failures_lie_beside_the_answers_with_the_reason_the_worst_first(workspa
         assert row["reference"] and row["messages"] and "output" in row
     order = [badness(row["metrics"]) for row in found]
     assert order == sorted(order, reverse=True)
-    assert any("4 of 4 answers have something wrong: data/eval_failures.jsonl" in p for p in ran.printed)
+    assert any("4 of 4 answers with something wrong: data/eval_failures.jsonl" in p for p in ran.printed)
     assert ran.manifests[1].counts["failures"] == 4
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from mtgdm.errors import SettingError, UserError
 from mtgdm.evaluation.pairwise import INSTRUCTIONS
 from mtgdm.reports.evaluation import describe, read_evaluation
 from mtgdm.reports.evaluation_report import judged as sentence
 from mtgdm.testing import StageRun
 from tests import teacher_domain
 from tests.conftest import read_rows
-from tests.ollama_server import OllamaServer, Question
+from tests.ollama_server import Fault, OllamaServer, Question
 from tests.teacher_domain import right_answer
 from tests.test_eval_served import BASE, STUDENT, evaluated, outputs, write_test_rows
 
@@ -55,7 +56,7 @@ def right_one(a: str, b: str) -> str:
 
 def judged(workspace: Path, server: OllamaServer, **settings: Any) -> StageRun:
     urls = {"judge_model": "judge", "judge_url": [server.url]}
-    return evaluated(workspace, server, **urls, **settings)
+    return evaluated(workspace, server, **{**urls, **settings})
 
 
 def asked_of_judge(server: OllamaServer) -> int:
@@ -140,3 +141,44 @@ def test_a_judge_of_some_rows_leaves_the_answers_to_the_others(tmp_path: Path, s
     after = outputs(tmp_path)
     assert [row["id"] for row in after] == [row["id"] for row in before]
     assert sum("judge" in row for row in after) == 2
+
+
+def test_rows_that_were_refused_stay_in_the_metrics_beside_verdicts(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    write_test_rows(tmp_path)
+    judging(server, right_one, student="不错。")
+    server.fault = lambda question: Fault(400, {"error": "secret"}) if "第1园" in question.text else None
+    judged(tmp_path, server)
+    lines = read_rows(max((tmp_path / "log").glob("eval-*.metrics.jsonl")))
+    assert [line["spot"] for line in lines if "refused" in line] == ["第1园", "第1园"]
+    assert sum("judge" in line for line in lines) == 4
+
+
+def test_another_judge_replaces_the_verdicts_of_the_first(tmp_path: Path, server: OllamaServer) -> None:
+    write_test_rows(tmp_path)
+    judging(server, right_one, student="不错。")
+    judged(tmp_path, server)
+    server.models["other"] = 8192
+    server.answer = lambda question: "no verdict"
+    ran = judged(tmp_path, server, judge_model="other")
+    assert "12 of 12 verdicts did not come: their pairs are not counted" in ran.warnings
+    assert not any("judge" in row for row in outputs(tmp_path))
+    found = json.dumps({"reason": "因为。", "winner": "tie"}, ensure_ascii=False)
+    server.answer = lambda question: found
+    judged(tmp_path, server, judge_model="other")
+    assert {row["judge"]["by"] for row in outputs(tmp_path)} == {"ollama other"}
+
+
+def test_a_judge_that_is_not_there_is_told_before_a_row_is_asked(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    write_test_rows(tmp_path)
+    with pytest.raises(UserError, match=r"the judge: .*'missing'") as caught:
+        judged(tmp_path, server, judge_model="missing")
+    assert server.questions == []
+    with pytest.raises(UserError) as caught:
+        judged(tmp_path, server, judge_url=["http://127.0.0.1:9"])
+    assert "--judge-url" in str(caught.value.hint)
+    with pytest.raises(SettingError, match="no judge backend"):
+        judged(tmp_path, server, judge_backend="olama")

@@ -106,7 +106,7 @@ def test_constrained_answers_are_held_to_their_schema_where_the_server_can(
     evaluated(tmp_path, server, constrained=True)
     assert [("format" in question.body) for question in server.questions] == [True, False]  # a card, a note
     assert outputs(tmp_path)[0]["meta"]["eval"]["model"].endswith("held to its schema")
-    with pytest.raises(UserError, match="with other settings"):
+    with pytest.raises(UserError, match="held to its schema; asked now is"):
         evaluated(tmp_path, server)
     with pytest.raises(SettingError, match="backend offline cannot hold an answer to a schema"):
         evaluated(tmp_path, server, backend="offline", constrained=True, out="data/other.jsonl")

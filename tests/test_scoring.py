@@ -234,6 +234,20 @@ def test_none_of_21_spots_does_not_mean_never() -> None:
     assert mean_interval([True] * 42).low > 0.9
 
 
+def test_spots_that_are_all_alike_do_not_make_a_mean_certain() -> None:
+    half = mean_interval([0.5] * 21)
+    assert half.low < 0.35 and half.high > 0.65
+    by_spot = mean_interval([0.0, 1.0] * 21, groups=[spot for spot in range(21) for _ in range(2)])
+    assert (by_spot.low, by_spot.high) == (half.low, half.high)
+
+
+def test_counts_without_spread_promise_what_a_poisson_rate_does() -> None:
+    none = mean_interval([0] * 21, shares=False)
+    assert none.low == 0 and none.high == pytest.approx(3.689 / 21, abs=1e-3)
+    same = mean_interval([3] * 21, shares=False)
+    assert same.mean == 3 and math.isnan(same.low) and math.isnan(same.high)
+
+
 def test_a_difference_is_taken_row_by_row() -> None:
     """The rows differ by far more than the models: unpaired intervals would overlap."""
     base = [float(level) for level in range(20)]

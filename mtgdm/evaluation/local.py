@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +17,11 @@ from mtgdm.evaluation.training import Training
 if TYPE_CHECKING:
     from mtgdm.rows import Row
     from mtgdm.student.chat import Chat
+    from mtgdm.student.generation import Answer
 
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+_WHOLE_BYTES = 64 * 2**20
+_PIECES, _PIECE_BYTES = 256, 4096
 
 
 class Weights:
@@ -36,10 +39,12 @@ class Weights:
         self.shown = path.relative_to(workspace).as_posix() if inside else name
         base.check_folder(self.source)
         self.is_adapter = base.is_adapter(self.source)
-        self.training = Training.of(Path(self.source))
+        if path.is_dir() and not self.is_adapter and not (path / "config.json").is_file():
+            raise UserError("no model lies in this folder", where=path, hint=_inside(path))
+        self.training = Training.of(path)
         if self.is_adapter:
-            named = _named_base(Path(self.source))
-            if self.training is not None:
+            named = base.adapter_config(self.source).get("base_model_name_or_path")
+            if self.training is not None and base_model is None:
                 self.training.check_base(named)
             base_model = base_model or base.base_of(self.source)
         self.base_model = base_model
@@ -65,17 +70,53 @@ class Weights:
         return self.is_adapter and not (Path(self.source) / "tokenizer_config.json").is_file()
 
     @property
-    def states(self) -> dict[str, str]:
-        """What tells one state of the student from another; a whole model by sizes and times, for it may be 60 GB."""
+    def states(self) -> dict[str, Any]:
+        """What tells one state of the student from another: the contents of its files, and its base's."""
+        if not self.is_adapter:
+            return _contents(self.source)
         folder = Path(self.source)
-        if not folder.is_dir():
-            return {"hub": self.source}
-        if self.is_adapter:
-            files = [folder / name for name in _ADAPTER_FILES]
-            return {path.name: manifest.state(path, folder).sha256 for path in files if path.is_file()}
-        files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]
-        stats = {path.name: path.stat() for path in sorted(files) if path.is_file()}
-        return {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in stats.items()}
+        files = [folder / name for name in _ADAPTER_FILES]
+        own = {path.name: manifest.state(path, folder).sha256 for path in files if path.is_file()}
+        return {**own, "base": self.base_states}
+
+    @property
+    def base_states(self) -> dict[str, Any]:
+        """The same of its base."""
+        return {} if self.base_source is None else _contents(self.base_source)
+
+
+def _contents(source: str) -> dict[str, Any]:
+    """A digest of each file that a whole model is made of; a Hub id stands for itself."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return {"hub": source}
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]
+    return {path.name: _sampled(path) for path in sorted(files) if path.is_file()}
+
+
+def _sampled(path: Path) -> str:
+    """A digest of a file; of one with more than 64 MiB its size and 256 pieces of 4 KiB spread over it.
+
+    Weights that were trained or merged anew differ nearly everywhere, and 60 GB are not read for that.
+    """
+    size = path.stat().st_size
+    if size <= _WHOLE_BYTES:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(str(size).encode("ascii"))
+    with path.open("rb") as file:
+        for piece in range(_PIECES):
+            file.seek((size - _PIECE_BYTES) * piece // (_PIECES - 1))
+            digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def _inside(folder: Path) -> str:
+    """Where a model may be meant that lies below a folder, as in what `mtgdm package` makes."""
+    found = [name for name in ("merged", "adapter") if (folder / name).is_dir()]
+    if found:
+        return " or ".join(f"--model {folder / name}" for name in found)
+    return "a model folder holds config.json, an adapter's adapter_config.json"
 
 
 class Local(Student):
@@ -92,6 +133,7 @@ class Local(Student):
         load_in_4bit: bool = False,
         batch: int = 0,
         max_new_tokens: int = 0,
+        references: Sequence[str] = (),
     ) -> None:
         """`batch` 0 takes what fits into memory, `max_new_tokens` 0 what the references need."""
         from mtgdm.student import base, generation
@@ -108,13 +150,14 @@ class Local(Student):
         if self.weights.training is not None:
             self.weights.training.check_template(self._chat.fingerprint)
         self._prompts = {row.id: prompt_ids(self._chat, row) for row in rows}
-        self._max_new_tokens = max_new_tokens or answer_limit(self._chat, rows)
+        self.max_new_tokens = max_new_tokens or answer_limit(self._chat, references)
         self._model: Any = None
         self.identity = {
             "weights": self.weights.states,
             "template": self._chat.fingerprint,
             "load_in_4bit": load_in_4bit,
         }
+        self.base_identity = self.weights.base_states
 
     def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
         """Load what is asked, and generate batch by batch."""
@@ -164,29 +207,28 @@ class Local(Student):
         from mtgdm.student import generation
 
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        asked = []
+        asked, near_the_end = [], []
         for row in rows:
             length = len(prompts[row.id])
             if context is not None and length >= context:
                 refuse(row, f"the prompt has {length} tokens, and the model's context holds {context}")
+            elif context is not None and length + self.max_new_tokens > context:
+                near_the_end.append((row, context - length))
             else:
                 asked.append(row)
-        for batch in generation.answers(
-            model,
-            chat,
-            [prompts[row.id] for row in asked],
-            batch=self._batch,
-            max_new_tokens=self._max_new_tokens,
-        ):
-            for place, answer in batch:
-                reply = Reply(
-                    answer.text,
-                    answer.finish_reason,
-                    answer.prompt_tokens,
-                    answer.output_tokens,
-                    answer.latency_s,
-                )
-                keep(asked[place], reply)
+
+        def answer(some: Sequence[Row], batch: int, limit: int) -> None:
+            found = generation.answers(
+                model, chat, [prompts[row.id] for row in some], batch=batch, max_new_tokens=limit
+            )
+            for places in found:
+                for place, answer in places:
+                    keep(some[place], _reply(answer))
+
+        answer(asked, self._batch, self.max_new_tokens)
+        # Past its context a model has no positions, or none that it knows: each row has room of its own here.
+        for row, room in near_the_end:
+            answer([row], 1, room)
 
     def _load(self) -> Any:
         from mtgdm.student import base, generation
@@ -216,15 +258,10 @@ class Local(Student):
         return generation.ready(generation.with_adapter(model, weights.source, weights.base_model))
 
 
-def _named_base(adapter: Path) -> str | None:
-    """The base that adapter_config.json names."""
-    path = adapter / "adapter_config.json"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"this file cannot be read: {error}", where=path) from error
-    named = value.get("base_model_name_or_path") if isinstance(value, dict) else None
-    return named if isinstance(named, str) and named else None
+def _reply(answer: Answer) -> Reply:
+    return Reply(
+        answer.text, answer.finish_reason, answer.prompt_tokens, answer.output_tokens, answer.latency_s
+    )
 
 
 @contextmanager

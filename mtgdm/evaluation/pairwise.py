@@ -8,7 +8,9 @@ told. What was judged is cached by the words of the question, so that a judge is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,12 +18,13 @@ from pydantic import BaseModel, ConfigDict
 
 from mtgdm import rows
 from mtgdm.domain import contract_problem
+from mtgdm.errors import SettingError, UserError
 from mtgdm.plugins import named
 from mtgdm.rows import Journal, Row, row_id
 from mtgdm.teachers.endpoints import backends
 from mtgdm.teachers.judgement import Judgement
 from mtgdm.teachers.loop import Loop
-from mtgdm.teachers.seam import GROUP
+from mtgdm.teachers.seam import GROUP, Retryable
 from mtgdm.teachers.tokens import context_size, prompt_at_most
 
 if TYPE_CHECKING:
@@ -72,9 +75,22 @@ class PairwiseJudge:
         self._settings = settings
         self._context = context
         self._cache = cache
-        self._backend: type[Backend] = named(GROUP, settings.backend, "teacher backend")
-        self._asked = backends(self._backend, settings, context.domain)
+        with as_the_judge():
+            self._backend: type[Backend] = named(GROUP, settings.backend, "teacher backend")
+            self._asked = backends(self._backend, settings, context.domain)
         self.name = f"{settings.backend} {self._asked[0].model}"
+
+    def check(self) -> None:
+        """UserError where it could not be asked now."""
+
+        async def check() -> None:
+            for backend in backends(self._backend, self._settings, self._context.domain):
+                async with backend:
+                    with suppress(Retryable):  # only busy
+                        await backend.check()
+
+        with as_the_judge():
+            asyncio.run(check())
 
     def judge(self, evaluated: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """`judge` of each row that was judged in both orders, by its id."""
@@ -144,9 +160,21 @@ class PairwiseJudge:
                 say=context.log.info,
                 warn=context.warn,
             )
-            asyncio.run(loop.run(iter(missing), record))
+            with as_the_judge():
+                asyncio.run(loop.run(iter(missing), record))
         if lost:
             context.warn(f"{lost:,} of {len(missing):,} verdicts did not come: their pairs are not counted")
+
+
+@contextmanager
+def as_the_judge() -> Iterator[None]:
+    """Errors of a teacher backend in the words of a judge."""
+    try:
+        yield
+    except (UserError, SettingError) as error:
+        hint = error.hint and re.sub(r"--(?=(?:model|url|backend)\b)", "--judge-", error.hint)
+        message = error.message.replace("teacher", "judge")
+        raise type(error)(f"the judge: {message}", where=error.where, hint=hint) from error
 
 
 def _questions(row: Mapping[str, Any]) -> list[Row]:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtgdm import rows
 from mtgdm.errors import UserError
-from mtgdm.evaluation.student import Reply, Student
+from mtgdm.evaluation.earlier import WAYS_OUT, about, fits_limit, mend, metrics_of, read_outputs, same
+from mtgdm.evaluation.student import RUNTIME, Reply, Student
 from mtgdm.manifest import settings_digest
 from mtgdm.rows import Journal, Row
 from mtgdm.scoring.failures import badness, number, why_bad
 from mtgdm.scoring.row import reference_score, score
+from mtgdm.terminal import counted
 
 if TYPE_CHECKING:
     from mtgdm.stage import Context
@@ -32,6 +35,8 @@ SHOWN = {
     "exact_match": "exact",
 }
 """What is told while it runs and at its end; the report has all."""
+Said = tuple[str, dict[str, Any]]
+"""An answer: its text, and the metrics that are not about the text."""
 _WHILE_RUNNING = ("char_f1", "contract_valid", "fact_recall")
 
 
@@ -78,6 +83,7 @@ class Evaluation:
         context: Context,
         *,
         out: Path,
+        test: str,
         compare: bool = False,
         settings: Sequence[Any] = (),
         about: str = "",
@@ -86,14 +92,16 @@ class Evaluation:
         overwrite: bool = False,
         log_every: int = 10,
     ) -> None:
-        """`settings`: what else shapes an answer. `about`: the same in words.
+        """`test`: the file of the rows, as outputs name it.
 
-        `leaked`: ids of rows about spots that the student was trained on. `partial`: rows not wanted stay.
+        `settings`: what else shapes an answer. `about`: the same in words. `leaked`: ids of rows about what the
+        student was trained on. `partial`: rows not wanted stay.
         """
         self._student = student
         self._wanted = list(wanted)
         self._context = context
         self._out = out
+        self._test = test
         self._compare = compare
         self._leaked = frozenset(leaked)
         self._partial = partial
@@ -102,7 +110,9 @@ class Evaluation:
         self.metrics_path = context.log_path(".metrics.jsonl")
         """The metrics of this run, a line for each row, those of an earlier run first."""
         self._label = f"{student.name}{about}"
-        self._fingerprint = settings_digest({**student.identity, "settings": list(settings)})[:16]
+        base = student.base_identity if compare else None
+        shaping = {**student.identity, "base": base, "settings": list(settings)}
+        self._fingerprint = settings_digest(shaping)[:16]
         self._refused: dict[str, str] = {}
         self._found: dict[str, dict[str, Any]] = {}
         self._means, self._base_means = Running(), Running()
@@ -128,11 +138,7 @@ class Evaluation:
                     keep(earlier[row.id])
             if missing:
                 self._ask(missing, journal, keep)
-            for row in self._wanted:
-                if row.id in self._refused:
-                    metrics_file.write(
-                        rows.encode({**_about_row(row.id, row.meta), "refused": self._refused[row.id]})
-                    )
+            metrics_file.writelines(self._refused_lines())
         rows.put_in_order(self._out, (row.id for row in self._wanted))
         if not self._refused:
             self._base_path.unlink(missing_ok=True)
@@ -140,8 +146,9 @@ class Evaluation:
         return Evaluated(found, self._refused, self._means.means, self._base_means.means)
 
     def add_verdicts(self, found: Evaluated, judged: Mapping[str, dict[str, Any]]) -> None:
-        """Put the verdicts of a judge into the rows and their metrics."""
+        """Put the verdicts of a judge into the rows and their metrics; those of an earlier judge go."""
         for row in found.rows:
+            row.pop("judge", None)
             if row["id"] in judged:
                 row["judge"] = judged[row["id"]]
         # With --limit the file holds rows that were not asked about this time: they stay as they are.
@@ -151,11 +158,17 @@ class Evaluation:
             file.writelines(rows.encode(now.get(row["id"], row)) for row in there)
         with rows.replace(self.metrics_path) as file:
             file.writelines(rows.encode(metrics_line(row)) for row in found.rows)
+            file.writelines(self._refused_lines())
+
+    def _refused_lines(self) -> Iterator[bytes]:
+        for row in self._wanted:
+            if row.id in self._refused:
+                yield rows.encode({**_about_row(row.id, row.meta), "refused": self._refused[row.id]})
 
     def _ask(self, missing: list[Row], journal: Journal, keep: Callable[[dict[str, Any]], None]) -> None:
         total = len(missing) * (2 if self._compare else 1)
         self._context.log.info("%s: %d rows, %d of them to ask", self._label, len(self._wanted), len(missing))
-        with self._context.progress(total, "rows") as bar:
+        with self._context.progress(total, "answers" if self._compare else "rows") as bar:
             of_base = self._ask_base(missing, bar) if self._compare else {}
             missing = [row for row in missing if row.id not in self._refused]
             asked = 0
@@ -164,7 +177,9 @@ class Evaluation:
             def answered(row: Row, reply: Reply) -> None:
                 nonlocal asked
                 asked += 1
-                scored = self._scored(row, reply, of_base.get(row.id))
+                of_its_base = of_base.get(row.id)
+                beside = (of_its_base["output"], of_its_base["runtime"]) if of_its_base else None
+                scored = self._scored(row, (reply.text, reply.runtime), beside)
                 journal.append(scored)
                 keep(scored)
                 self._log(asked, scored)
@@ -183,7 +198,10 @@ class Evaluation:
 
         def inspect(number_: int, line: bytes) -> None:
             value = rows.parse_object(path, number_, line)
-            if value.get("fingerprint") == self._fingerprint:
+            limit = self._student.max_new_tokens
+            if value.get("fingerprint") == self._fingerprint and fits_limit(
+                value["runtime"], value.get("max_new_tokens"), limit
+            ):
                 found[value["id"]] = value
 
         with Journal(path, inspect=inspect) as journal:
@@ -197,6 +215,7 @@ class Evaluation:
                     "id": row.id,
                     "messages": row.prompt,
                     "fingerprint": self._fingerprint,
+                    "max_new_tokens": self._student.max_new_tokens,
                     "output": reply.text,
                     "runtime": reply.runtime,
                 }
@@ -222,25 +241,33 @@ class Evaluation:
         self._context.log.warning("row %s could not be asked: %s", row.id, why)
         bar.advance(times)
 
-    def _scored(self, row: Row, reply: Reply, of_base: dict[str, Any] | None) -> dict[str, Any]:
+    def _scored(self, row: Row, said: Said, base_said: Said | None) -> dict[str, Any]:
         domain = self._context.domain
         scored: dict[str, Any] = {
             "id": row.id,
             "messages": row.prompt,
             "reference": row.answer,
-            "output": reply.text,
+            "output": said[0],
         }
-        if of_base is not None:
-            scored["base_output"] = of_base["output"]
-        scored["metrics"] = score(domain, row, reply.text, reply.runtime)
-        if of_base is not None:
-            scored["base_metrics"] = score(domain, row, of_base["output"], of_base["runtime"])
+        if base_said is not None:
+            scored["base_output"] = base_said[0]
+        scored["metrics"] = score(domain, row, *said)
+        if base_said is not None:
+            scored["base_metrics"] = score(domain, row, *base_said)
         scored["reference_metrics"] = reference_score(domain, row)
-        about: dict[str, Any] = {"model": self._label, "fingerprint": self._fingerprint}
-        if row.id in self._leaked:
-            about["leaked"] = True
-        scored["meta"] = {**row.meta, "split": row.split, "eval": about}
+        scored["meta"] = self._meta(row)
         return scored
+
+    def _meta(self, row: Row) -> dict[str, Any]:
+        made: dict[str, Any] = {
+            "model": self._label,
+            "fingerprint": self._fingerprint,
+            "test": self._test,
+            "max_new_tokens": self._student.max_new_tokens,
+        }
+        if row.id in self._leaked:
+            made["leaked"] = True
+        return {**row.meta, "split": row.split, "eval": made}
 
     def _log(self, asked: int, row: dict[str, Any]) -> None:
         if asked % self._log_every == 0:
@@ -250,46 +277,90 @@ class Evaluation:
     # --- what is there already ---
 
     def _earlier(self) -> dict[str, dict[str, Any]]:
-        """The rows that need not be asked again; another model's or other settings' rows are refused."""
+        """The rows that need not be asked again; what an earlier run left besides is told, or refused."""
         out = self._out
+        there = read_outputs(out) if out.exists() else []
         if self._overwrite:
             self._remove(out, self._base_path)
-        references = {row.id: row.answer for row in self._wanted}
-        found: dict[str, dict[str, Any]] = {}
-        if not out.exists():
-            return found
-        with Journal(out):
-            pass  # cuts off what a kill left of a last line
-        foreign = retrained = 0
-        for number_, line in rows.read_lines(out):
-            value = rows.parse_object(out, number_, line)
-            about = value.get("meta", {}).get("eval") or {}
-            if about.get("fingerprint") != self._fingerprint:
-                self._refuse_other(about)
-                retrained += 1
-            elif references.get(value["id"]) == value["reference"]:
-                found[value["id"]] = value
-            else:
-                foreign += 1
-        if retrained:
-            self._context.print(f"{self._label} was trained again: its old answers are replaced")
+            return {}
+        if not there or self._is_of_a_former_student(there):
             self._remove(out)
             return {}
-        if foreign and not self._partial:
-            # Rows that the test file no longer holds, or holds with another reference.
+        mend(out)
+        wanted = {row.id: row for row in self._wanted}
+        self._refuse_other_rows([value for value in there if value["id"] not in wanted])
+        found: dict[str, dict[str, Any]] = {}
+        kept: list[dict[str, Any]] = []
+        for value in there:
+            row = wanted.get(value["id"])
+            if row is None:
+                kept += [value] if self._partial else []
+            elif self._is_the_answer(value):
+                found[row.id] = self._as_scored_now(row, value)
+                kept.append(found[row.id])
+        if any(one is not other for one, other in zip_longest(kept, there)):
+            self._tell_changes(there, kept)
             with rows.replace(out) as file:
-                file.writelines(rows.encode(value) for value in found.values())
+                file.writelines(map(rows.encode, kept))
         return found
 
-    def _refuse_other(self, about: Mapping[str, Any]) -> None:
-        if about.get("model") == self._label and about.get("fingerprint"):
-            return
-        other = about.get("model") or "another tool"
-        raise UserError(
-            f"these answers were made by {other} with other settings, not by {self._label}",
-            where=self._out,
-            hint="--overwrite replaces them; --out keeps them and writes another file",
-        )
+    def _is_of_a_former_student(self, there: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the answers are of this student before it changed; UserError where they are another's."""
+        others = [made for value in there if (made := about(value)).get("fingerprint") != self._fingerprint]
+        for made in others:
+            if made.get("model") != self._label or not made.get("fingerprint"):
+                raise UserError(
+                    f"these answers are of {made.get('model') or 'another tool'}; asked now is {self._label}",
+                    where=self._out,
+                    hint=WAYS_OUT,
+                )
+        if others and self._partial:
+            raise UserError(
+                f"{self._label} has changed since: some rows asked anew would replace all its "
+                f"{counted(len(there), 'answer')}",
+                where=self._out,
+                hint=WAYS_OUT,
+            )
+        if others:
+            self._context.print(
+                f"{self._label} has changed since (trained again, or another base): "
+                f"its {counted(len(there), 'answer')} will be replaced"
+            )
+        return bool(others)
+
+    def _refuse_other_rows(self, unwanted: Sequence[Mapping[str, Any]]) -> None:
+        """UserError where answers to the rows of another file would be lost, or would stand among these."""
+        files = {about(value).get("test", self._test) for value in unwanted} - {self._test}
+        if files:
+            raise UserError(
+                f"{counted(len(unwanted), 'answer')} here to rows of {', '.join(sorted(map(str, files)))}, which "
+                f"{self._test} does not hold",
+                where=self._out,
+                hint=WAYS_OUT,
+            )
+
+    def _is_the_answer(self, value: Mapping[str, Any]) -> bool:
+        """Whether asking again would give the same: a limit that cut an answer may be another now."""
+        limit, made_under = self._student.max_new_tokens, about(value).get("max_new_tokens")
+        return all(fits_limit(metrics, made_under, limit) for metrics in metrics_of(value))
+
+    def _as_scored_now(self, row: Row, value: dict[str, Any]) -> dict[str, Any]:
+        """The row itself, or scored anew where its reference or its record have changed."""
+        if same(value.get("reference"), row.answer) and same(value["meta"], self._meta(row)):
+            return value
+        beside = (value["base_output"], _runtime(value["base_metrics"])) if "base_metrics" in value else None
+        return self._scored(row, (value["output"], _runtime(value["metrics"])), beside)
+
+    def _tell_changes(self, there: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> None:
+        left = {value["id"] for value in kept}
+        wanted = {row.id for row in self._wanted}
+        gone = [value for value in there if value["id"] not in left]
+        dropped = sum(value["id"] not in wanted for value in gone)
+        if dropped:
+            answers = counted(dropped, "answer")
+            self._context.print(f"dropped: {answers} to rows that {self._test} no longer holds")
+        if again := len(gone) - dropped:
+            self._context.print(f"asked again: {counted(again, 'row')}, under another limit of tokens")
 
     def _remove(self, *paths: Path) -> None:
         for path in paths:
@@ -316,6 +387,10 @@ def metrics_line(row: Mapping[str, Any]) -> dict[str, Any]:
     return line | ({"judge": row["judge"]} if "judge" in row else {})
 
 
+def _runtime(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: metrics.get(key) for key in RUNTIME}
+
+
 def _about_row(identity: str, meta: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": identity, **{key: meta.get(key) for key in ("spot", "province", "type")}}
 
@@ -332,7 +407,7 @@ def failures_path(out: Path) -> Path:
 def write_failures(path: Path, evaluated: Iterable[Mapping[str, Any]]) -> int:
     """The rows with something wrong, the worst first, each with the reasons; returns how many there are."""
     bad = [(why, row) for row in evaluated if (why := why_bad(row["metrics"], row.get("reference_metrics")))]
-    bad.sort(key=lambda pair: -badness(pair[1]["metrics"]))
+    bad.sort(key=lambda pair: -badness(pair[1]["metrics"], pair[1].get("reference_metrics")))
     with rows.replace(path) as file:
         for why, row in bad:
             file.write(

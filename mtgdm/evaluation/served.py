@@ -74,6 +74,8 @@ class Served(Student):
         self.name = f"{settings.backend} {first.model}".strip()
         self.base_name = base_model
         self.identity = {"served": first.fingerprint, "constrained": constrained}
+        self.base_identity = {}  # a server tells no more of it than its name
+        self.max_new_tokens = settings.max_tokens
         self._unconstrained = False
 
     def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
@@ -108,7 +110,7 @@ class Served(Student):
         return backends(self._backend, settings, self._domain)
 
 
-def answer_limit(rows: Sequence[Row]) -> int:
+def answer_limit(references: Sequence[str]) -> int:
     """A quarter more tokens than the longest reference may have, in steps of 32."""
-    longest = max(at_most(row.answer or "") for row in rows)
+    longest = max(map(at_most, references))
     return -(-5 * (longest + 1) // (4 * 32)) * 32

@@ -43,6 +43,8 @@ class Reply:
         }
 
 
+RUNTIME = ("prompt_tokens", "output_tokens", "latency_s", "tokens_per_s", "finish_reason")
+"""The keys of `Reply.runtime`."""
 Keep = Callable[["Row", Reply], None]
 """Called with each row that was answered, in any order."""
 Refuse = Callable[["Row", str], None]
@@ -58,6 +60,10 @@ class Student(ABC):
     """The base model, where there is one to compare with."""
     identity: dict[str, Any]
     """What tells its answers from those of another one."""
+    base_identity: dict[str, Any]
+    """The same of its base's answers."""
+    max_new_tokens: int
+    """Where an answer is cut."""
 
     @abstractmethod
     def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
@@ -68,9 +74,9 @@ class Student(ABC):
         return iter(())
 
 
-def answer_limit(chat: Chat, rows: Sequence[Row]) -> int:
+def answer_limit(chat: Chat, references: Sequence[str]) -> int:
     """A quarter more than the longest reference, in steps of 32, so that a few new rows change nothing."""
-    longest = max(len(chat.tokens(row.answer or "")) for row in rows)
+    longest = max(len(chat.tokens(text)) for text in references)
     return -(-5 * (longest + 1) // (4 * 32)) * 32
 
 

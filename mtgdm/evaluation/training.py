@@ -25,7 +25,8 @@ class Training:
     base_model: str | None
     template_fingerprint: str | None
     spots: frozenset[str]
-    ids_without_spot: frozenset[str]
+    ids: frozenset[str]
+    """Of the rows trained on: all, or in a checkpoint of an earlier mtgdm those without a spot."""
 
     @classmethod
     def of(cls, folder: Path) -> Training | None:
@@ -40,7 +41,7 @@ class Training:
                 _text(value.get("base_model")),
                 _text(value.get("template_fingerprint")),
                 frozenset(map(_spot_key, value["train_spots"])),
-                frozenset(value.get("train_ids_without_spot", ())),
+                frozenset(value.get("train_ids") or value.get("train_ids_without_spot", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -48,11 +49,11 @@ class Training:
             ) from error
 
     def leaked(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows about spots that stood in the training data."""
+        """The rows that were trained on, or are about a spot that was."""
         return [
             row
             for row in rows
-            if (row.id in self.ids_without_spot if row.spot is None else _spot_key(row.spot) in self.spots)
+            if row.id in self.ids or (row.spot is not None and _spot_key(row.spot) in self.spots)
         ]
 
     def check_template(self, fingerprint: str) -> None:

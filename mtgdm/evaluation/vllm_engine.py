@@ -5,7 +5,6 @@ Prompts are made into tokens here, as for every other local student, so that the
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -40,6 +39,7 @@ class Vllm(Student):
         load_in_4bit: bool = False,
         constrained: bool = False,
         max_new_tokens: int = 0,
+        references: Sequence[str] = (),
     ) -> None:
         if find_spec("vllm") is None:
             raise UserError(
@@ -59,7 +59,7 @@ class Vllm(Student):
         if self.weights.training is not None:
             self.weights.training.check_template(chat.fingerprint)
         self._prompts = {row.id: prompt_ids(chat, row) for row in rows}
-        self._max_new_tokens = max_new_tokens or answer_limit(chat, rows)
+        self.max_new_tokens = max_new_tokens or answer_limit(chat, references)
         self._end_of_turn = chat.end_of_turn
         self._tokenizer = chat.tokenizer.name_or_path
         self._domain = domain
@@ -73,6 +73,7 @@ class Vllm(Student):
             "load_in_4bit": load_in_4bit,
             "constrained": constrained,
         }
+        self.base_identity = self.weights.base_states
 
     def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
         """Hand the rows over a few hundred at a time."""
@@ -117,7 +118,7 @@ class Vllm(Student):
         return LLM(
             model=weights.base_source if weights.is_adapter else weights.source,
             tokenizer=self._tokenizer,
-            max_model_len=longest + self._max_new_tokens,
+            max_model_len=longest + self.max_new_tokens,
             seed=0,
             **options,
         )
@@ -130,13 +131,15 @@ class Vllm(Student):
         schema = None if contract is None else StructuredOutputsParams(json=contract.model_json_schema())
         return SamplingParams(
             temperature=0.0,
-            max_tokens=self._max_new_tokens,
+            max_tokens=self.max_new_tokens,
             stop_token_ids=[self._end_of_turn],
             structured_outputs=schema,
         )
 
 
 def _rank(adapter: Path) -> int:
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    from mtgdm.student import base
+
+    config = base.adapter_config(str(adapter))
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
     return max(SMALLEST_RANK, 1 << (int(rank) - 1).bit_length())

@@ -26,15 +26,16 @@ def why_bad(metrics: Mapping[str, Any], teacher: Mapping[str, Any] | None = None
     reasons = []
     if metrics.get("finish_reason") not in (None, "stop", "eos"):
         reasons.append(f"ended by {metrics['finish_reason']}")
-    if metrics.get("contract_valid") is False:
+    if _worse(metrics, reference, "contract_valid"):
         key = metrics.get("contract_key")
         reasons.append("breaks its contract" + (f": {key}" if key else ""))
-    if metrics.get("prose_valid") is False:
+    if _worse(metrics, reference, "prose_valid"):
         reasons.append(str(metrics.get("problem") or "breaks the rules of its type"))
-    elif metrics.get("language_ok") is False:
+    elif _worse(metrics, reference, "language_ok"):
         reasons.append("in the wrong language")
     recall = number(metrics, "fact_recall")
-    if recall is not None and recall < min(LITTLE, number(reference, "fact_recall") or LITTLE):
+    teachers = number(reference, "fact_recall")
+    if recall is not None and recall < (LITTLE if teachers is None else min(LITTLE, teachers)):
         reasons.append(f"states {recall:.0%} of the facts")
     claims = number(metrics, "unsupported_facts") or 0
     if claims > (number(reference, "unsupported_facts") or 0):
@@ -50,19 +51,28 @@ def why_bad(metrics: Mapping[str, Any], teacher: Mapping[str, Any] | None = None
     return reasons
 
 
-def badness(metrics: Mapping[str, Any]) -> float:
+def badness(metrics: Mapping[str, Any], teacher: Mapping[str, Any] | None = None) -> float:
     """How much is wrong with an answer; each thing that can be wrong counts 1 at most.
 
     An answer that nobody can use (a broken contract, cut, the wrong language) is thus worse than one that is
-    only worded otherwise than the teacher's.
+    only worded otherwise than the teacher's. What the teacher's own answer has wrong too does not count.
     """
-    shares = [number(metrics, key) for key in ("char_f1", "fact_recall")]
-    lost = sum(1 - share for share in shares if share is not None)
-    lost += min(1.0, (number(metrics, "unsupported_facts") or 0.0) / MANY_CLAIMS)
-    lost += any(metrics.get(key) is False for key in ("contract_valid", "prose_valid"))
-    lost += metrics.get("language_ok") is False
+    reference = teacher or {}
+    lost = 1 - (1.0 if (likeness := number(metrics, "char_f1")) is None else likeness)
+    recall, teachers = number(metrics, "fact_recall"), number(reference, "fact_recall")
+    if recall is not None:
+        lost += max(0.0, (1.0 if teachers is None else teachers) - recall)
+    claims = (number(metrics, "unsupported_facts") or 0.0) - (number(reference, "unsupported_facts") or 0.0)
+    lost += min(1.0, max(0.0, claims) / MANY_CLAIMS)
+    lost += any(_worse(metrics, reference, key) for key in ("contract_valid", "prose_valid"))
+    lost += _worse(metrics, reference, "language_ok")
     lost += metrics.get("finish_reason") not in (None, "stop", "eos")
     return lost
+
+
+def _worse(metrics: Mapping[str, Any], teacher: Mapping[str, Any], key: str) -> bool:
+    """Whether an answer breaks what its teacher's keeps."""
+    return metrics.get(key) is False and teacher.get(key) is not False
 
 
 def number(metrics: Mapping[str, Any] | None, key: str) -> float | None:

@@ -22,6 +22,8 @@ RESAMPLES = 2000
 SEED = 20240521
 SMALLEST_PAIRS = 6
 """With fewer spots even an unbroken row of wins is chance: 2 · 0.5^5 is 0.06, 2 · 0.5^6 is 0.03."""
+ROUNDING = 1e-12
+"""An interval no wider than this is of values that are all the same."""
 PLENTY = 2000
 """From so many spots on, resampling only repeats the normal approximation, at some cost."""
 
@@ -48,22 +50,33 @@ class Difference:
 
 
 def mean_interval(
-    values: Sequence[float], confidence: float = 0.95, *, groups: Sequence[Hashable] | None = None
+    values: Sequence[float],
+    confidence: float = 0.95,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    shares: bool = True,
 ) -> Interval:
     """The mean and its bootstrap interval, resampled by group where groups are given.
 
-    No values: all `nan`. One value or one group: the mean, with bounds `nan`. Where every value is 0, or
-    every value is 1, resampling sees no spread; the bound is Wilson's then, with a group as the unit
-    (0 of 21 does not mean never).
+    `shares`: the values cannot leave 0..1, as every metric but counts, lengths and times.
+
+    No values: all `nan`. One value or one group: the mean, with bounds `nan`. Where every group has the same
+    mean, resampling sees no spread, which does not mean that there is none (0 of 21 does not mean never):
+
+    - of values between 0 and 1, whose spread is at most that of a share, the bounds are Wilson's, with a
+      group as the unit;
+    - of counts that are all 0, the upper bound is that of a Poisson rate seen `groups` times, -ln(alpha/2) / groups;
+    - of anything else nothing is known: `nan`.
     """
     totals, counts = _totals(values, groups)
     mean = float(sum(values)) / len(values) if len(values) else math.nan
     if len(totals) < 2:
         return Interval(mean, math.nan, math.nan, len(values))
-    if mean in (0, 1) and all(value == mean for value in values):
-        low, high = _wilson(mean, len(totals), confidence)
-    else:
-        low, high = _bootstrap(totals, counts, confidence)
+    low, high = _bootstrap(totals, counts, confidence)
+    if high - low <= ROUNDING * max(1.0, abs(mean)):
+        low, high = _without_spread(values, mean, len(totals), confidence, shares=shares)
+        if math.isnan(low):
+            return Interval(mean, low, high, len(values))
     return Interval(mean, min(low, mean), max(high, mean), len(values))
 
 
@@ -140,6 +153,17 @@ def _normal(
     spread = float(((sums - mean * sizes) ** 2).sum()) ** 0.5 / float(sizes.sum())
     reach = NormalDist().inv_cdf((1 + confidence) / 2) * spread
     return mean - reach, mean + reach
+
+
+def _without_spread(
+    values: Sequence[float], mean: float, units: int, confidence: float, *, shares: bool
+) -> tuple[float, float]:
+    """Bounds of a mean where every unit has the same."""
+    if shares:
+        return _wilson(mean, units, confidence)
+    if not any(values):
+        return 0.0, -math.log((1 - confidence) / 2) / units
+    return math.nan, math.nan
 
 
 def _wilson(share: float, units: int, confidence: float) -> tuple[float, float]:

@@ -16,8 +16,10 @@ from mtgdm.checkpoints import chosen_checkpoint, newest_checkpoint
 from mtgdm.errors import BadRow, SettingError, UserError
 from mtgdm.rows import Row
 from mtgdm.stage import Context, Flag, Input, Output, Result, Runtime, StageConfig, stage
+from mtgdm.terminal import counted
 
 if TYPE_CHECKING:
+    from mtgdm.evaluation.pairwise import PairwiseJudge
     from mtgdm.evaluation.run import Evaluated
     from mtgdm.evaluation.student import Student
     from mtgdm.teachers.seam import TeacherSettings
@@ -118,7 +120,7 @@ class EvalConfig(StageConfig):
         """Rows answered and to answer of an interrupted run."""
         if not self.out.is_file() or not self.test.is_file():
             return None
-        wanted = {row.id for row in _selected(self)}
+        wanted = {row.id for row in islice(_selected(self), self.limit or None)}
         done: set[str] = set()
         with suppress(BadRow):  # a kill cut the last line off; the next run mends it
             done.update(row.id for row in rows.read_rows(self.out))
@@ -133,7 +135,8 @@ class EvalConfig(StageConfig):
 def run(config: EvalConfig, context: Context) -> Result:
     """Evaluate the student on held-out spots, beside its base with --compare-base; resumes."""
     with _environment(config):
-        wanted = list(_selected(config))
+        in_split = list(_selected(config))
+        wanted = in_split[: config.limit or None]
         if not wanted:
             raise UserError(
                 f"no row is in the split `{config.split}`",
@@ -146,8 +149,10 @@ def run(config: EvalConfig, context: Context) -> Result:
                 "--split all asks every row"
             )
         name = _name(config)
+        # Of all rows of the split: the first --limit of them are asked under the limit of tokens that all are.
+        references = [row.answer or "" for row in in_split]
+        student = _student(name, wanted, references, config, context)
         leaked = _refuse_leak(name, wanted, config, context)
-        student = _student(name, wanted, config, context)
         compare = config.compare_base and student.base_name is not None
         if config.compare_base and not compare:
             context.warn(
@@ -161,11 +166,13 @@ def _evaluated(
 ) -> Result:
     from mtgdm.evaluation.run import Evaluation, failures_path, write_failures
 
+    judge = _judge(config, context) if config.judge_model is not None else None
     evaluation = Evaluation(
         student,
         wanted,
         context,
         out=config.out,
+        test=manifest.relative(config.test, context.workspace),
         compare=compare,
         settings=[config.split, compare, config.base_model if compare else None, config.max_new_tokens],
         about=_about(student, compare, config),
@@ -177,16 +184,16 @@ def _evaluated(
     found = evaluation.run()
     for remark in student.remarks():
         context.warn(remark)
-    _tell_refused(found.refused, wanted, context)
-    if config.judge_model is not None:
-        evaluation.add_verdicts(found, _judged(found, config, context))
     failures = failures_path(config.out)
     bad = write_failures(failures, found.rows)
+    _tell_refused(found.refused, wanted, context)
     if bad:
         place = manifest.relative(failures, context.workspace)
         context.print(
-            f"{bad:,} of {len(found.rows):,} answers have something wrong: {place}, the worst first"
+            f"{bad:,} of {counted(len(found.rows), 'answer')} with something wrong: {place}, the worst first"
         )
+    if judge is not None:
+        evaluation.add_verdicts(found, _judged(judge, found, context))
     return Result(
         counts={
             "rows": len(found.rows),
@@ -216,16 +223,12 @@ def _environment(config: EvalConfig) -> AbstractContextManager[None]:
 
 
 def _selected(config: EvalConfig) -> Iterator[Row]:
-    """The rows of the split, each id once, as many as asked for."""
+    """The rows of the split, each id once."""
     seen: set[str] = set()
-
-    def unique() -> Iterator[Row]:
-        for row in rows.read_rows(config.test, answered=True):
-            if config.split in (row.split, "all") and row.id not in seen:
-                seen.add(row.id)
-                yield row
-
-    return islice(unique(), config.limit or None)
+    for row in rows.read_rows(config.test, answered=True):
+        if config.split in (row.split, "all") and row.id not in seen:
+            seen.add(row.id)
+            yield row
 
 
 def _refuse_leak(name: str, wanted: Sequence[Row], config: EvalConfig, context: Context) -> set[str]:
@@ -250,10 +253,10 @@ def _refuse_leak(name: str, wanted: Sequence[Row], config: EvalConfig, context: 
         return set()
     leaked = training.leaked(wanted)
     if leaked and not config.allow_leak:
-        names = {row.spot or row.id for row in leaked}
+        spots = len({row.spot or row.id for row in leaked})
         raise UserError(
-            f"the student was trained on {len(names):,} of these spots ({len(leaked):,} of {len(wanted):,} rows): its "
-            "answers would say nothing about spots it does not know",
+            f"the student was trained on {spots:,} of these spots ({len(leaked):,} of "
+            f"{counted(len(wanted), 'row')}): its answers would say nothing about spots it does not know",
             where=config.test,
             hint="--split test asks held-out spots; --allow-leak evaluates all the same",
         )
@@ -276,7 +279,9 @@ def _shown(name: str, context: Context) -> str:
     return manifest.relative(Path(name), context.workspace) if Path(name).is_absolute() else name
 
 
-def _student(name: str, wanted: Sequence[Row], config: EvalConfig, context: Context) -> Student:
+def _student(
+    name: str, wanted: Sequence[Row], references: Sequence[str], config: EvalConfig, context: Context
+) -> Student:
     if config.backend == "local":
         if config.constrained:
             raise SettingError(
@@ -294,6 +299,7 @@ def _student(name: str, wanted: Sequence[Row], config: EvalConfig, context: Cont
             load_in_4bit=config.load_in_4bit,
             batch=config.batch,
             max_new_tokens=config.max_new_tokens,
+            references=references,
         )
     if config.backend == "vllm":
         from mtgdm.evaluation.vllm_engine import Vllm
@@ -307,13 +313,13 @@ def _student(name: str, wanted: Sequence[Row], config: EvalConfig, context: Cont
             load_in_4bit=config.load_in_4bit,
             constrained=config.constrained,
             max_new_tokens=config.max_new_tokens,
+            references=references,
         )
     from mtgdm.evaluation.served import Served, answer_limit
 
+    limit = config.max_new_tokens or answer_limit(references)
     return Served(
-        _server(
-            config, config.backend, config.model, config.url, config.max_new_tokens or answer_limit(wanted)
-        ),
+        _server(config, config.backend, config.model, config.url, limit),
         wanted,
         context.domain,
         base_model=config.base_model,
@@ -358,12 +364,18 @@ def _about(student: Student, compare: bool, config: EvalConfig) -> str:
     return f" on {config.split}{settings}{four_bit}{held}{size}"
 
 
-def _judged(found: Evaluated, config: EvalConfig, context: Context) -> dict[str, dict[str, Any]]:
-    """The verdicts of the judge, and what they come to in one line."""
+def _judge(config: EvalConfig, context: Context) -> PairwiseJudge:
+    """The judge, which is there: it is asked last, and hours of answers come before that."""
     from mtgdm.evaluation.pairwise import MAX_TOKENS, PairwiseJudge, cache_path
 
     settings = _server(config, config.judge_backend, config.judge_model, config.judge_url, MAX_TOKENS)
     judge = PairwiseJudge(settings, context, cache_path(config.out))
+    judge.check()
+    return judge
+
+
+def _judged(judge: PairwiseJudge, found: Evaluated, context: Context) -> dict[str, dict[str, Any]]:
+    """The verdicts of the judge, and what they come to in one line."""
     judged = judge.judge(found.rows)
     scores = Counter(one["score"] for one in judged.values())
     context.print(
@@ -397,5 +409,5 @@ def _summary(wanted: Sequence[Row], split: str, found: Evaluated) -> str:
         f"{SHOWN[key]} {value:.2f}" + (f" (base {found.base[key]:.2f})" if key in found.base else "")
         for key, value in found.student.items()
     ]
-    about = f" of {spots:,} spots" if spots else ""
-    return f"{len(found.rows):,} {split} rows{about}: {', '.join(parts)}"
+    about = f" of {counted(spots, 'spot')}" if spots else ""
+    return f"{counted(len(found.rows), f'{split} row')}{about}: {', '.join(parts)}"

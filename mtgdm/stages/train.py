@@ -620,7 +620,7 @@ def _training(
         "stopped_early": outcome.stopped_early,
         "seconds": round(outcome.seconds, 3),
         "train_spots": sorted({one.row.spot for one in train_rows if one.row.spot is not None}),
-        "train_ids_without_spot": sorted({one.row.id for one in train_rows if one.row.spot is None}),
+        "train_ids": sorted({one.row.id for one in train_rows}),
     }
 
 

@@ -36,6 +36,8 @@ ComputeDtype = Literal["bfloat16", "float16", "float32"]
 TINY = "mtgdm-tiny"
 """The name of the base model that ships with mtgdm."""
 
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
 _LFS = b"version https://git-lfs"
 _SAVE_MEMORY = "--load-in-4bit, or a smaller model"
 
@@ -123,19 +125,43 @@ def is_adapter(source: str) -> bool:
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
+def adapter_config(adapter: str) -> dict[str, Any]:
+    """The adapter_config.json of a folder; UserError where it is none of a LoRA adapter."""
+    path = Path(adapter) / "adapter_config.json"
+    value = _json_object(path)
+    kind, rank = value.get("peft_type"), value.get("r")
+    if kind != "LORA" or not isinstance(rank, int) or rank < 1:
+        found = f"its peft_type is {kind!r}" if kind != "LORA" else f"its rank `r` is {rank!r}"
+        raise UserError(f"this is no LoRA adapter: {found}", where=path)
+    if not any((Path(adapter) / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise UserError(
+            f"the weights of the adapter are missing: {ADAPTER_WEIGHTS[0]}",
+            where=adapter,
+            hint="copy the whole checkpoint folder, or train it to its end with `mtgdm train`",
+        )
+    return value
+
+
 def base_of(adapter: str) -> str:
     """The base model that an adapter's folder names."""
     for file, key in (("training.json", "base_model"), ("adapter_config.json", "base_model_name_or_path")):
         path = Path(adapter) / file
-        if not path.is_file():
-            continue
-        try:
-            value = json.loads(path.read_text(encoding="utf-8")).get(key)
-        except ValueError as error:
-            raise UserError(f"this file cannot be read: {error}", where=path) from error
+        value = _json_object(path).get(key) if path.is_file() else None
         if isinstance(value, str) and value:
             return value
-    raise UserError("this adapter does not name its base model", where=adapter)
+    raise UserError(
+        "this adapter does not name its base model", where=adapter, hint="name it with --base-model"
+    )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"this file cannot be read: {error}", where=path) from error
+    if not isinstance(value, dict):
+        raise UserError(f"this file holds no JSON object but {type(value).__name__}", where=path)
+    return value
 
 
 def check_folder(source: str) -> None:

@@ -208,9 +208,10 @@ def load(
 def with_adapter(model: PreTrainedModel, source: str, base_name: str) -> PeftModel:
     """The adapter of a checkpoint over its loaded base; UserError where the two do not fit."""
     hint = "was it trained on another model? `base_model` in training.json names it"
+    _check_rank(source)
     try:
         adapted: PeftModel = PeftModel.from_pretrained(model, source)
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"the adapter does not fit its base {base_name}: {str(error).strip().splitlines()[0]}",
             where=source,
@@ -231,9 +232,32 @@ def with_adapter(model: PreTrainedModel, source: str, base_name: str) -> PeftMod
     return adapted
 
 
+def _check_rank(source: str) -> None:
+    """UserError where the weights are damaged, or of another rank than adapter_config.json says."""
+    config, path = base.adapter_config(source), Path(source) / base.ADAPTER_WEIGHTS[0]
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            ranks = {file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"the adapter's weights cannot be read: {error}",
+            where=path,
+            hint="the file is not whole: copy the checkpoint anew",
+        ) from error
+    if ranks and not config.get("rank_pattern") and ranks != {config["r"]}:
+        raise UserError(
+            f"the adapter's weights have rank {', '.join(map(str, sorted(ranks)))}, adapter_config.json says "
+            f"{config['r']}",
+            where=source,
+            hint="files of two checkpoints lie in one folder: copy the checkpoint anew",
+        )
+
+
 def _adapter_tensors(source: str) -> set[str] | None:
     """The names of an adapter's tensors; None where they do not lie in a safetensors file."""
-    path = Path(source) / "adapter_model.safetensors"
+    path = Path(source) / base.ADAPTER_WEIGHTS[0]
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:

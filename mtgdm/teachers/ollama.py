@@ -41,7 +41,7 @@ class Ollama(ServerBackend):
         self, messages: Sequence[Message], contract: type[BaseModel] | None, options: Options
     ) -> Completion:
         """Ask once; a prompt that was cut, or an answer that broke off, is an error."""
-        started = time.monotonic()
+        started = time.perf_counter()
         request = self._request(messages, contract, options)
         reply = await self._ask("/api/chat", request)
         if reply.status == 400 and "think" in request and "think" in reply.text:
@@ -54,7 +54,7 @@ class Ollama(ServerBackend):
             _reason(value),
             count(value, "prompt_eval_count"),
             count(value, "eval_count"),
-            round(time.monotonic() - started, 3),
+            round(time.perf_counter() - started, 6),
         )
         # Servers too old for `truncate` and `shift` cut without a word.
         self._raise_where_cut(messages, completion, _CUT_HINT)

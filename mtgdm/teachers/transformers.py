@@ -261,7 +261,7 @@ def _completion(answer: Answer) -> Completion:
         answer.finish_reason,
         answer.prompt_tokens,
         answer.output_tokens,
-        round(answer.latency_s, 3),
+        round(answer.latency_s, 6),
     )
 
 
