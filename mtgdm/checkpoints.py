@@ -14,6 +14,8 @@ _OLLAMA_TAG = re.compile(
     r"(?P<family>[\w.]+):(?P<size>\d[\d.]*b)(?P<kind>(?:-(?:instruct|base|coder))*)(?:-(?:q\d\w*|fp16))?",
     re.IGNORECASE,
 )
+_WHOLE_BYTES = 64 * 2**20
+_PIECES, _PIECE_BYTES = 256, 4096
 _SIZE = re.compile(r"a?\d[\d.]*b", re.IGNORECASE)
 _OWNERS = {
     "qwen": "Qwen",
@@ -67,6 +69,32 @@ def checkpoint_name(base_model: str) -> str:
 def template_fingerprint(template: str) -> str:
     """A short hash of a chat template: a student has to be asked by the one it was trained with."""
     return hashlib.sha256(template.encode("utf-8")).hexdigest()[:16]
+
+
+def weights_state(source: str) -> dict[str, str]:
+    """A digest of each file that a whole model is made of; a Hub id stands for itself."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return {"hub": source}
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]
+    return {path.name: _digest(path) for path in sorted(files) if path.is_file()}
+
+
+def _digest(path: Path) -> str:
+    """A digest of a file; of one with more than 64 MiB its size and 256 pieces of 4 KiB spread over it.
+
+    Weights that were trained or merged anew differ nearly everywhere, and 60 GB are not read for that.
+    """
+    size = path.stat().st_size
+    if size <= _WHOLE_BYTES:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(str(size).encode("ascii"))
+    with path.open("rb") as file:
+        for piece in range(_PIECES):
+            file.seek((size - _PIECE_BYTES) * piece // (_PIECES - 1))
+            digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -1,9 +1,13 @@
-"""What models are called."""
+"""What models are called, and how it is noticed that they changed."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
+from mtgdm import checkpoints
 from mtgdm.checkpoints import checkpoint_name, hub_id
 
 
@@ -32,3 +36,17 @@ def test_a_sloppy_name_of_a_model_is_understood(written: str, meant: str) -> Non
 def test_the_folder_of_a_checkpoint_is_named_after_its_base() -> None:
     assert checkpoint_name(hub_id("qwen2.5:32b-instruct-q4_K_M")) == "qwen2.5-32b-lora"
     assert checkpoint_name("models\\mine\\") == "mine-lora"
+
+
+def test_weights_that_changed_in_one_place_in_a_thousand_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_WHOLE_BYTES", 0)
+    file = tmp_path / "model.safetensors"
+    weights = bytearray(os.urandom(8 * 2**20))
+    file.write_bytes(weights)
+    before = checkpoints.weights_state(str(tmp_path))
+    assert checkpoints.weights_state(str(tmp_path)) == before
+    weights[::1000] = bytes(len(weights[::1000]))
+    file.write_bytes(weights)
+    assert checkpoints.weights_state(str(tmp_path)) != before

@@ -162,6 +162,22 @@ def test_a_server_that_is_not_there_or_lacks_the_model_is_one_line(
     assert spelled.value.hint == "did you mean 'ollama'?"
 
 
+def test_a_failing_server_is_the_students(tmp_path: Path, server: OllamaServer) -> None:
+    write_test_rows(tmp_path, 1)
+    server.fault = lambda question: Fault(500, {"error": "broken"})
+    with pytest.raises(UserError, match="none was answered") as caught:
+        evaluated(tmp_path, server, retries=0)
+    assert "mend the student" in str(caught.value.hint)
+
+
+def test_a_prompt_that_stands_twice_is_asked_once_and_told(tmp_path: Path, server: OllamaServer) -> None:
+    found = write_test_rows(tmp_path)
+    write_lines(tmp_path / "data" / "teacher.jsonl", *found, found[0])
+    ran = evaluated(tmp_path, server)
+    assert len(server.questions) == len(outputs(tmp_path)) == 6
+    assert any(line.startswith("1 row with a prompt that stands in the file before") for line in ran.warnings)
+
+
 def test_a_leak_of_a_served_student_is_found_by_its_checkpoint(tmp_path: Path, server: OllamaServer) -> None:
     write_test_rows(tmp_path)
     training = {"train_spots": ["第1园"], "base_model": "base"}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mtgdm import manifest
+from mtgdm.checkpoints import weights_state
 from mtgdm.errors import UserError
 from mtgdm.evaluation.student import Keep, Refuse, Reply, Student, answer_limit, prompt_ids
 from mtgdm.evaluation.training import Training
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mtgdm.student.generation import Answer
 
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-_WHOLE_BYTES = 64 * 2**20
-_PIECES, _PIECE_BYTES = 256, 4096
 
 
 class Weights:
@@ -42,13 +40,16 @@ class Weights:
         if path.is_dir() and not self.is_adapter and not (path / "config.json").is_file():
             raise UserError("no model lies in this folder", where=path, hint=_inside(path))
         self.training = Training.of(path)
+        named_by_hand = base_model is not None
         if self.is_adapter:
             named = base.adapter_config(self.source).get("base_model_name_or_path")
-            if self.training is not None and base_model is None:
+            if self.training is not None and not named_by_hand:
                 self.training.check_base(named)
             base_model = base_model or base.base_of(self.source)
         self.base_model = base_model
         self.base_source = None if base_model is None else self._base(base_model, workspace)
+        if self.training is not None and self.is_adapter and not named_by_hand:
+            self.training.check_base_state(self.base_states)
 
     def _base(self, base_model: str, workspace: Path) -> str:
         from mtgdm.student import base
@@ -73,7 +74,7 @@ class Weights:
     def states(self) -> dict[str, Any]:
         """What tells one state of the student from another: the contents of its files, and its base's."""
         if not self.is_adapter:
-            return _contents(self.source)
+            return weights_state(self.source)
         folder = Path(self.source)
         files = [folder / name for name in _ADAPTER_FILES]
         own = {path.name: manifest.state(path, folder).sha256 for path in files if path.is_file()}
@@ -82,33 +83,7 @@ class Weights:
     @property
     def base_states(self) -> dict[str, Any]:
         """The same of its base."""
-        return {} if self.base_source is None else _contents(self.base_source)
-
-
-def _contents(source: str) -> dict[str, Any]:
-    """A digest of each file that a whole model is made of; a Hub id stands for itself."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return {"hub": source}
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]
-    return {path.name: _sampled(path) for path in sorted(files) if path.is_file()}
-
-
-def _sampled(path: Path) -> str:
-    """A digest of a file; of one with more than 64 MiB its size and 256 pieces of 4 KiB spread over it.
-
-    Weights that were trained or merged anew differ nearly everywhere, and 60 GB are not read for that.
-    """
-    size = path.stat().st_size
-    if size <= _WHOLE_BYTES:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256(str(size).encode("ascii"))
-    with path.open("rb") as file:
-        for piece in range(_PIECES):
-            file.seek((size - _PIECE_BYTES) * piece // (_PIECES - 1))
-            digest.update(file.read(_PIECE_BYTES))
-    return digest.hexdigest()
+        return {} if self.base_source is None else weights_state(self.base_source)
 
 
 def _inside(folder: Path) -> str:

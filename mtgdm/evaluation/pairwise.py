@@ -8,9 +8,8 @@ told. What was judged is cached by the words of the question, so that a judge is
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mtgdm import rows
 from mtgdm.domain import contract_problem
-from mtgdm.errors import SettingError, UserError
+from mtgdm.evaluation.served import in_words_of
 from mtgdm.plugins import named
 from mtgdm.rows import Journal, Row, row_id
 from mtgdm.teachers.endpoints import backends
@@ -75,7 +74,7 @@ class PairwiseJudge:
         self._settings = settings
         self._context = context
         self._cache = cache
-        with as_the_judge():
+        with in_words_of("judge"):
             self._backend: type[Backend] = named(GROUP, settings.backend, "teacher backend")
             self._asked = backends(self._backend, settings, context.domain)
         self.name = f"{settings.backend} {self._asked[0].model}"
@@ -89,7 +88,7 @@ class PairwiseJudge:
                     with suppress(Retryable):  # only busy
                         await backend.check()
 
-        with as_the_judge():
+        with in_words_of("judge"):
             asyncio.run(check())
 
     def judge(self, evaluated: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -160,21 +159,10 @@ class PairwiseJudge:
                 say=context.log.info,
                 warn=context.warn,
             )
-            with as_the_judge():
+            with in_words_of("judge"):
                 asyncio.run(loop.run(iter(missing), record))
         if lost:
             context.warn(f"{lost:,} of {len(missing):,} verdicts did not come: their pairs are not counted")
-
-
-@contextmanager
-def as_the_judge() -> Iterator[None]:
-    """Errors of a teacher backend in the words of a judge."""
-    try:
-        yield
-    except (UserError, SettingError) as error:
-        hint = error.hint and re.sub(r"--(?=(?:model|url|backend)\b)", "--judge-", error.hint)
-        message = error.message.replace("teacher", "judge")
-        raise type(error)(f"the judge: {message}", where=error.where, hint=hint) from error
 
 
 def _questions(row: Mapping[str, Any]) -> list[Row]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mtgdm.errors import SettingError
+from mtgdm.errors import BadRow, SettingError, UserError
 from mtgdm.evaluation.student import Keep, Refuse, Reply, Student
 from mtgdm.plugins import named
 from mtgdm.teachers.endpoints import backends
@@ -65,7 +67,8 @@ class Served(Student):
         num_ctx = settings.num_ctx or context_size(longest, settings.max_tokens)
         self._settings = settings.model_copy(update={"num_ctx": num_ctx})
         self._backend: type[Backend] = named(GROUP, settings.backend, "teacher backend")
-        first = self._backends(None)[0]
+        with in_words_of("student"):
+            first = self._backends(None)[0]
         if constrained and not first.holds_to_schema:
             raise SettingError(
                 f"the backend {settings.backend} cannot hold an answer to a schema",
@@ -97,7 +100,8 @@ class Served(Student):
             keep(outcome.row, reply)
 
         loop = Loop(asked, self._settings, self._standard, say=self._say, warn=self._warn)
-        asyncio.run(loop.run(iter(rows), record))
+        with in_words_of("student"):
+            asyncio.run(loop.run(iter(rows), record))
         self._unconstrained |= self._constrained and not all(one.holds_to_schema for one in asked)
 
     def remarks(self) -> Iterator[str]:
@@ -108,6 +112,26 @@ class Served(Student):
     def _backends(self, model: str | None) -> list[Backend]:
         settings = self._settings if model is None else self._settings.model_copy(update={"model": model})
         return backends(self._backend, settings, self._domain)
+
+
+@contextmanager
+def in_words_of(who: Literal["student", "judge"]) -> Iterator[None]:
+    """Errors of a teacher backend in the words, and with the flags, of who is asked here."""
+    try:
+        yield
+    except BadRow:
+        raise  # of a file, which is the same whoever is asked
+    except (UserError, SettingError) as error:
+        message, hint = (
+            error.message.replace("teacher", who),
+            error.hint and error.hint.replace("teacher", who),
+        )
+        if who == "judge":
+            message = f"the judge: {message}"
+            hint = hint and re.sub(r"--(?=(?:model|url|backend)\b)", "--judge-", hint)
+        if hint and hint.startswith(("--temperature", "--top-p")):
+            hint = "it is asked for the likeliest tokens alone, so that a run can be repeated: take a server that can"
+        raise type(error)(message, where=error.where, hint=hint) from error
 
 
 def answer_limit(references: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,9 @@ class Training:
     ids: frozenset[str]
     """Of the rows trained on: all, or in a checkpoint of an earlier mtgdm those without a spot."""
 
+    base_state: Mapping[str, str]
+    """`checkpoints.weights_state` of the base; empty where an earlier mtgdm wrote the file."""
+
     @classmethod
     def of(cls, folder: Path) -> Training | None:
         """That of a checkpoint's folder, or None where it has none."""
@@ -42,6 +45,7 @@ class Training:
                 _text(value.get("template_fingerprint")),
                 frozenset(map(_spot_key, value["train_spots"])),
                 frozenset(value.get("train_ids") or value.get("train_ids_without_spot", ())),
+                dict(value.get("base_state") or {}),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -74,6 +78,23 @@ class Training:
                 where=self.path.parent,
                 hint="files of two checkpoints lie in one folder: copy the checkpoint anew",
             )
+
+    def check_base_state(self, state: Mapping[str, str]) -> None:
+        """UserError where a base's folder holds other weights than the base of the training did.
+
+        Its config may have been rewritten; one side from the Hub and the other from a folder are not compared.
+        """
+        had, has = _weights(self.base_state), _weights(state)
+        if had and has and had != has:
+            raise UserError(
+                f"the base {self.base_model} holds other weights than the one that the student was trained on",
+                where=self.path.parent,
+                hint="put the base of the training back; --base-model FOLDER takes another all the same",
+            )
+
+
+def _weights(state: Mapping[str, str]) -> list[str]:
+    return sorted(digest for name, digest in state.items() if name not in ("config.json", "hub"))
 
 
 def _text(value: Any) -> str | None:

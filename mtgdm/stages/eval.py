@@ -45,7 +45,7 @@ class EvalConfig(StageConfig):
     out: Annotated[Path, Output()] = Path("data/eval_outputs.jsonl")
     """Where the answers and their metrics go; the worst go beside it too, to eval_failures.jsonl."""
     compare_base: bool = False
-    """Ask the base model too, the same rows."""
+    """Ask the base model too, the same rows; the shipped profiles do."""
     constrained: bool = False
     """Hold JSON answers to the schema of their contract while they are written; servers and vllm can."""
     allow_leak: bool = False
@@ -135,14 +135,8 @@ class EvalConfig(StageConfig):
 def run(config: EvalConfig, context: Context) -> Result:
     """Evaluate the student on held-out spots, beside its base with --compare-base; resumes."""
     with _environment(config):
-        in_split = list(_selected(config))
+        in_split = _in_split(config, context)
         wanted = in_split[: config.limit or None]
-        if not wanted:
-            raise UserError(
-                f"no row is in the split `{config.split}`",
-                where=config.test,
-                hint="--split names another split; --split all asks every row",
-            )
         if config.split != "all" and not any("split" in row.meta for row in wanted):
             context.print(
                 f"the rows carry no split: asked are the {len(wanted):,} whose spot falls into `{config.split}`; "
@@ -222,11 +216,41 @@ def _environment(config: EvalConfig) -> AbstractContextManager[None]:
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def _selected(config: EvalConfig) -> Iterator[Row]:
-    """The rows of the split, each id once."""
+def _in_split(config: EvalConfig, context: Context) -> list[Row]:
+    """The rows of the split, each prompt once; UserError where there are none."""
+    if not config.test.exists():
+        raise UserError(
+            "there is no such file",
+            where=config.test,
+            hint="`mtgdm teacher` writes data/teacher.jsonl; --test names another file of answered rows",
+        )
+    counts: Counter[str] = Counter()
+    found = list(_selected(config, counts))
+    if not counts:
+        raise UserError("the file holds no rows", where=config.test)
+    if not found:
+        raise UserError(
+            f"no row is in the split `{config.split}`",
+            where=config.test,
+            hint="--split names another split; --split all asks every row",
+        )
+    if repeated := counts["asked"] - len(found):
+        context.warn(
+            f"{counted(repeated, 'row')} with a prompt that stands in the file before: the first alone is asked"
+        )
+    return found
+
+
+def _selected(config: EvalConfig, counts: Counter[str] | None = None) -> Iterator[Row]:
+    """The rows of the split, each id once; `counts` learns how many were `read`, and would be `asked`."""
     seen: set[str] = set()
+    counts = Counter() if counts is None else counts
     for row in rows.read_rows(config.test, answered=True):
-        if config.split in (row.split, "all") and row.id not in seen:
+        counts["read"] += 1
+        if config.split not in (row.split, "all"):
+            continue
+        counts["asked"] += 1
+        if row.id not in seen:
             seen.add(row.id)
             yield row
 

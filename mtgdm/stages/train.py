@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr
 
 from mtgdm import processes, rows
-from mtgdm.checkpoints import checkpoint_name, hub_id
+from mtgdm.checkpoints import checkpoint_name, hub_id, weights_state
 from mtgdm.errors import UserError
 from mtgdm.manifest import settings_digest
 from mtgdm.rows import Row, Split
@@ -605,8 +605,11 @@ def _training(
     outcome: Outcome,
 ) -> dict[str, Any]:
     """What a checkpoint knows of its training, for evaluation and package."""
+    from mtgdm.student import base
+
     return {
         "base_model": config.student_base,
+        "base_state": weights_state(base.locate(config.student_base, config._workspace)),
         "settings": _shaping(config),
         "template_fingerprint": chat.fingerprint,
         "max_len": config.max_len,
