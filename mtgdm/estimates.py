@@ -102,4 +102,4 @@ def _about(value: float) -> str:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return name.replace("_", " ").replace("mib ", "MiB ").replace("gpu", "GPU")

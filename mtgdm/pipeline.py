@@ -184,7 +184,7 @@ def _writing(outputs: Sequence[Path]) -> Iterator[None]:
                 raise UserError(
                     "another mtgdm run is writing here",
                     where=output,
-                    hint="wait for it, stop it, or name another place with --out",
+                    hint="wait for it, stop it, or write to another place",
                 )
             held.callback(lock.release)
             if os.name != "nt":  # Windows has no name to take from an open file; filelock takes it afterwards

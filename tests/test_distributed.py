@@ -171,6 +171,7 @@ def test_an_error_of_all_is_told_once_and_one_of_another_process_with_its_number
 def test_checkpoints_of_fsdp_must_hold_the_whole_adapter(workspace: Path) -> None:
     mtgdm = CommandLine(workspace)
     launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     ran = mtgdm("train", *flags(SETTINGS), env=launched)
     assert ran.code == 1 and "FSDP is set to save checkpoints as SHARDED_STATE_DICT" in ran.err
     assert "hint: fsdp_state_dict_type: FULL_STATE_DICT" in ran.err

@@ -167,7 +167,7 @@ def test_an_output_has_one_writer_wherever_it_lies_and_a_killed_one_is_not_in_th
     assert refused.code == 1
     assert refused.err.splitlines() == [
         f"error: {shared}: another mtgdm run is writing here",
-        "hint: wait for it, stop it, or name another place with --out",
+        "hint: wait for it, stop it, or write to another place",
     ]
     assert (shared.parent / ".prompts.jsonl.lock").exists(), "what the kill left behind"
     assert two(*there).code == 0

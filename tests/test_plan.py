@@ -384,7 +384,7 @@ def test_without_token_counts_the_hours_come_from_the_seconds() -> None:
         ({"hours": Expected(None, 1.0, 4.0)}, "1.0-4.0 h"),
         ({"hours": 3}, "3.0 h"),
         ({"hours": 0.0}, "less than a second"),
-        ({"gpu_memory_gib": 14.25}, "14.2 gpu memory gib"),
+        ({"gpu_memory_gib": 14.25}, "14.2 GPU memory gib"),
         ({"output_tokens_per_s": 212.4}, "212 output tokens/s"),
         ({"rests_on": "a probe"}, "rests on: a probe"),
         ({"probe": {"asked": 8, "would_be_kept": 7, "output_tokens_per_s": None}}, "probe: 8 asked, 7 would be kept"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -18,6 +19,7 @@ import pytest
 
 from mtgdm.errors import MtgdmError, UserError
 from mtgdm.stages.package import run as package
+from mtgdm.stages.train import TrainConfig
 from mtgdm.stages.train import run as train
 from mtgdm.student.noise import quiet
 from mtgdm.student.resume import MARK, whole_checkpoints
@@ -377,8 +379,10 @@ def test_status_knows_how_far_an_interrupted_run_came(workspace: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(5, patch)
         trained(workspace)
-    config = train.config(student_base="base").resolved(workspace)
-    assert config.finished() == (4, 6)
+    same = TrainConfig(**QUICK).resolved(workspace)
+    assert same.finished() == (4, 6)
+    assert same.model_copy(update={"gradient_checkpointing": True}).finished() == (4, 6)
+    assert same.model_copy(update={"lr": 1e-5}).finished() is None
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -793,6 +797,50 @@ def test_a_kill_between_the_adapter_and_its_manifest_costs_nothing(workspace: Pa
     assert any("this very training is finished" in line for line in again.printed)
     assert again.result.summary == ran.result.summary
     assert (checkpoint(workspace).parent / "base-lora.manifest.json").is_file()
+
+
+def test_a_finished_training_is_not_done_again_unless_that_is_asked_for(workspace: Path) -> None:
+    trained(workspace)
+    weights = checkpoint(workspace) / "adapter_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    again = trained(workspace)
+    assert any("--overwrite trains anew" in line for line in again.printed)
+    assert weights.stat().st_mtime_ns == before
+    trained(workspace, overwrite=True)
+    assert weights.stat().st_mtime_ns > before
+    anew = trained(workspace, lr=1e-3)
+    assert not any("is finished" in line for line in anew.printed)
+
+
+def test_a_base_that_was_only_touched_is_the_same_base(workspace: Path) -> None:
+    trained(workspace)
+    for path in (workspace / "base").iterdir():
+        os.utime(path, (1, 1))
+    assert any("is finished" in line for line in trained(workspace).printed)
+
+
+def test_a_training_of_one_step_learns(workspace: Path) -> None:
+    trained(workspace, max_steps=1)
+    (point,) = points(workspace, "train")
+    assert point["learning_rate"] > 0
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_that_cannot_train_here_is_told_before_anything_is_loaded(
+    workspace: Path, attention: str
+) -> None:
+    error = refused(workspace, attention=attention)
+    assert attention in error.message and "--attention" in str(error.hint)
+
+
+def test_half_a_launcher_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = refused(workspace)
+    assert "WORLD_SIZE is 2, and RANK, LOCAL_RANK" in error.message and "torchrun" in str(error.hint)
+
+
+def test_no_tracker_may_be_asked_for_by_its_name_in_transformers(workspace: Path) -> None:
+    trained(workspace, report_to=("none",))
 
 
 def test_a_checkpoint_whose_best_one_is_gone_is_not_gone_on_from(workspace: Path) -> None:

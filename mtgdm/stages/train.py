@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -36,6 +37,11 @@ CPU_PARAMETERS = 200_000_000
 """Beyond that many parameters training on a CPU is a matter of days, and has to be asked for."""
 
 _SHOWN_ROWS = 3
+_LONGER_ROWS = {
+    "error": "stop the run: --too-long says what to do with them",
+    "drop": "are left out",
+    "truncate": "are cut",
+}
 
 
 class TrainConfig(StageConfig):
@@ -123,6 +129,8 @@ class TrainConfig(StageConfig):
     """Keep the checkpoint-N folders with their optimizer states after the end."""
     report_to: Annotated[tuple[str, ...], Runtime()] = ()
     """Send the metrics to trackers that are installed too: tensorboard, wandb, mlflow, or others transformers knows."""
+    overwrite: Annotated[bool, Runtime()] = False
+    """Train anew where this very training is finished, or under way."""
     preview: Annotated[bool, Runtime()] = False
     """Show three rows token by token with the loss mask and the lengths, and train nothing."""
 
@@ -143,6 +151,7 @@ class TrainConfig(StageConfig):
     def finished(self) -> tuple[int, int] | None:
         """Steps done and to do of an interrupted run."""
         whole = whole_checkpoints(self.ckpt_out) if self.ckpt_out else []
+        whole = [one for one in whole if one.mark.fingerprint.startswith(_settings_digest(self))]
         return (whole[-1].mark.step, whole[-1].mark.total_steps) if whole else None
 
     def estimate(self) -> dict[str, Any]:
@@ -196,6 +205,7 @@ def run(config: TrainConfig, context: Context) -> Result:
         from mtgdm.student import base, distributed
 
         placement = base.place(config.device_mode, config.precision)
+        _refuse_attention(config, placement)
         with distributed.joined(placement):
             return _train(config, context, split, placement)
 
@@ -251,9 +261,11 @@ def _train(
     loop = _loop(config, layout, reporters, run_name=f"{config.ckpt_out.name}-{context.timestamp}")
     fingerprint = _fingerprint(config, source, chat, train_rows, val_rows, layout)
     done = distributed.from_first(_finished_already(config.ckpt_out, fingerprint))
-    if done is not None:
-        context.print("this very training is finished, its adapter is there: only its manifest was missing")
+    if done is not None and not config.overwrite:
+        context.print("this very training is finished, and its adapter is there; --overwrite trains anew")
         return _result(done, peak_memory_mib=None)
+    if config.overwrite and processes.is_first():
+        remove_checkpoints(config.ckpt_out)
     resume = distributed.from_first(
         _to_resume(config.ckpt_out, fingerprint, context) if processes.is_first() else None
     )
@@ -329,9 +341,12 @@ def _expected(config: TrainConfig) -> dict[str, Any]:
         counts = {f"{name}_rows": len(split[name]) for name in ("train", "val")}
         return {**counts, "tokens_and_memory_are_not_known": str(error)}
     train, val = (examples.encode_rows(split[name], chat) for name in ("train", "val"))
-    fitting = [example for example in train if example.length <= config.max_len]
+    too_long = sum(example.length > config.max_len for example in train)
+    fitting = examples.fit(
+        train, config.max_len, "drop" if config.too_long == "error" else config.too_long
+    ).examples
     if not fitting:
-        return {"train_rows": len(train), "rows_longer_than_max_len": len(train)}
+        return {"train_rows": len(train), "rows_longer_than_max_len": too_long}
     small = shape is not None and shape.parameters <= CPU_PARAMETERS
     on_cpu = config.device_mode == "cpu" or (small and not torch.cuda.is_available())
     padded, packed = _layouts(config, fitting)
@@ -340,7 +355,9 @@ def _expected(config: TrainConfig) -> dict[str, Any]:
     return forecast.forecast(
         fitting,
         val,
-        too_long=len(train) - len(fitting),
+        too_long={"rows_longer_than_max_len": too_long, "these_rows": _LONGER_ROWS[config.too_long]}
+        if too_long
+        else {},
         layout=layout,
         steps=config.max_steps or layout.steps(config.epochs),
         memory=_memory(config, fitting, layout, shape, on_cpu=on_cpu)[1],
@@ -415,6 +432,19 @@ def _refuse_unknown_tokens(config: TrainConfig, rows_: Sequence[Example], shape:
         raise UserError(
             f"the tokenizer of {config.student_base} makes token {largest:,}, and the model knows {shape.vocabulary:,}",
             hint="tokenizer and weights of two models lie in one folder: fetch the model anew",
+        )
+
+
+def _refuse_attention(config: TrainConfig, placement: Placement) -> None:
+    """Attention that is not there, or has no backward pass here."""
+    if config.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise UserError(
+            "flash-attn is not installed, and --attention flash_attention_2 needs it",
+            hint="pip install flash-attn --no-build-isolation, or --attention sdpa",
+        )
+    if placement.on_cpu and config.attention in ("flash_attention_2", "flex_attention"):
+        raise UserError(
+            f"--attention {config.attention} cannot train on a CPU", hint="--attention auto, or a GPU"
         )
 
 
@@ -547,6 +577,7 @@ _ABOUT_THE_RUN = {
     "save_steps",
     "logging_steps",
     "keep_checkpoints",
+    "overwrite",
     "preview",
     "allow_cpu",
     "report_to",
@@ -564,20 +595,24 @@ def _fingerprint(
     val: Sequence[Example],
     layout: Layout,
 ) -> str:
-    """One hash over everything a resumed run must share with the one that was interrupted."""
-    folder = Path(source)
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    settings = {key: value for key, value in _shaping(config).items() if key not in _HOW_NOT_WHAT}
-    return settings_digest(
+    """Hashes of the settings, and of everything else that a resumed run must share with the interrupted one."""
+    rest = settings_digest(
         {
-            "settings": settings,
             "step": [layout.bin_tokens, layout.items_a_step],
-            "base": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+            "base": weights_state(source),
             "template": chat.fingerprint,
             "train": [settings_digest({"tokens": example.tokens.ids}) for example in train],
             "val": [settings_digest({"tokens": example.tokens.ids}) for example in val],
         }
     )
+    return f"{_settings_digest(config)}-{rest}"
+
+
+def _settings_digest(config: TrainConfig) -> str:
+    """A hash of the settings that say what is learnt; how a step is computed may change under way."""
+    return settings_digest(
+        {key: value for key, value in _shaping(config).items() if key not in _HOW_NOT_WHAT}
+    )[:16]
 
 
 def _to_resume(folder: Path, fingerprint: str, context: Context) -> WholeCheckpoint | None:
@@ -628,9 +663,9 @@ def _training(
 
 
 def _finished_already(folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The training.json of this very training where a kill came between its adapter and its manifest."""
+    """The training.json of this very training where it came to its end, be it killed before its manifest."""
     path = folder / "training.json"
-    if not (folder / "adapter_config.json").is_file() or rows.manifest_path(folder).is_file():
+    if not all((folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
         return None
     try:
         training: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

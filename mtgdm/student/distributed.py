@@ -26,6 +26,7 @@ def joined(placement: Placement) -> Iterator[None]:
 
     After an error they are not waited for: the launcher ends them with this one.
     """
+    _refuse_half_a_launcher()
     if processes.count() == 1:
         yield
         return
@@ -36,6 +37,19 @@ def joined(placement: Placement) -> Iterator[None]:
     yield
     state.wait_for_everyone()
     torch.distributed.destroy_process_group()
+
+
+def _refuse_half_a_launcher() -> None:
+    """UserError where the environment speaks of several processes and does not say how they meet."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    lacking = [
+        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
+    if count not in ("", "0", "1") and lacking:
+        raise UserError(
+            f"WORLD_SIZE is {count}, and {', '.join(lacking)} not set: no launcher started this process",
+            hint="torchrun --nproc-per-node N -m mtgdm train, or unset WORLD_SIZE",
+        )
 
 
 def _refuse_scattered_checkpoints() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +21,7 @@ def forecast(
     train: Sequence[Example],
     val: Sequence[Example],
     *,
-    too_long: int,
+    too_long: Mapping[str, Any],
     layout: Layout,
     steps: int,
     memory: Memory | None,
@@ -35,7 +35,7 @@ def forecast(
     found: dict[str, Any] = {
         "train_rows": len(train),
         "val_rows": len(val),
-        "rows_longer_than_max_len": too_long or None,
+        **too_long,
         "tokens_an_epoch": tokens_an_epoch,
         "trained_tokens_an_epoch": sum(example.tokens.trained for example in train),
         "tokens_in_the_longest_row": max(example.length for example in train),

@@ -320,7 +320,7 @@ def _arguments(
         max_steps=settings.max_steps or -1,
         learning_rate=settings.lr,
         lr_scheduler_type=settings.scheduler,
-        warmup_steps=settings.warmup,
+        warmup_steps=settings.warmup if total_steps(settings) > 1 else 0,  # its first step has a rate of 0
         weight_decay=settings.weight_decay,
         per_device_train_batch_size=settings.layout.batch,
         gradient_accumulation_steps=settings.layout.grad_accum,

@@ -212,6 +212,7 @@ def reporters(names: Sequence[str], tensorboard: Path) -> tuple[str, ...]:
     Raises SettingError for an unknown name, UserError for one that is not installed.
     """
     known = set(INTEGRATION_TO_CALLBACK)
+    names = () if tuple(names) == ("none",) else names  # as transformers has it
     for name in names:
         if name not in known:
             raise SettingError(
