@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, errors, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from mtgdm.errors import SettingError, UserError
@@ -20,7 +19,7 @@ def check_name(repo: str) -> None:
     """SettingError for what cannot be the name of a repository."""
     try:
         validate_repo_id(repo)
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise SettingError(f"'{repo}' is no repository of the Hub: {error}", hint="--push OWNER/NAME") from error
     if "/" not in repo:
         raise SettingError(f"'{repo}' names no owner", hint=f"--push OWNER/{repo}")
@@ -60,7 +59,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
     """What the Hub and the network raise, in one line."""
     try:
         yield
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
             raise UserError(f"the Hub does not let this token write to {repo}: HTTP {status}", hint=_LOG_IN) from error
@@ -68,7 +67,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
             f"the Hub does not take {repo}: {error.server_message or _first_line(error)}",
             hint="the package is whole: run the same command again, what was uploaded is not sent twice",
         ) from error
-    except OSError as error:
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # that of the HTTP library it uses
         raise UserError(
             f"the Hub cannot be reached: {_first_line(error)}",
             hint="the network, proxies and HF_HUB_OFFLINE are usual causes; the package is whole",
