@@ -112,9 +112,11 @@ class Card:
             yield 'print(chat(messages, max_new_tokens=1024)[0]["generated_text"][-1]["content"])'
             yield "```"
             yield ""
-            yield f"`merged/`: {self.merged.parameters:,} parameters in {self.merged.dtype}. Before the cast its"
-            yield f"logits differ from base and adapter by at most {self.merged.max_logit_difference:.1e}; after it"
-            yield f"the likeliest token is the same at {self.merged.top1_agreement:.1%} of the probed positions."
+            yield f"`merged/`: {self.merged.parameters:,} parameters in {self.merged.dtype}."
+            if self.merged.max_logit_difference is not None:
+                yield "Before the cast its logits differ from base and adapter by at most"
+                yield f"{self.merged.max_logit_difference:.1e}; after it the likeliest token is the same at"
+                yield f"{self.merged.top1_agreement:.1%} of the probed positions."
             yield ""
         if "adapter" in self.formats:
             yield f"`adapter/`: the LoRA weights alone (PEFT), for `{self.base_model}`."

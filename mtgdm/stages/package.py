@@ -92,7 +92,11 @@ def run(config: PackageConfig, context: Context) -> Result:
     return Result(
         counts=counts,
         summary=f"{target.name}: {', '.join(config.formats)}, {size / 1e6:,.1f} MB"
-        + (f" · merged = base + adapter within {merged.max_logit_difference:.0e}" if merged else ""),
+        + (
+            f" · merged = base + adapter within {merged.max_logit_difference:.0e}"
+            if merged and merged.max_logit_difference is not None
+            else ""
+        ),
     )
 
 
