@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mtgdm import __version__, rows
 from mtgdm.errors import UserError
-from mtgdm.export import folder, gguf, lora_gguf, merge, parity
+from mtgdm.export import folder, gguf, merge, parity
 from mtgdm.export.card import Card, File, proof_cells
 from mtgdm.export.lineage import lineage
 from mtgdm.export.merge import Dtype, Merged
 from mtgdm.export.modelfile import Modelfile
+from mtgdm.export.parity import Proof
 from mtgdm.export.trained import Trained
+from mtgdm.rows import Row
 from mtgdm.stage import Context
+
+PROOF_ROWS = 9
+"""About so many rows a GGUF is compared on: some thousand positions, and minutes for a model of 3 billion weights."""
 
 _ADAPTER = "adapter_config.json"
 _ADAPTER_FILES = (
@@ -55,8 +60,7 @@ def build(order: Order, student: Trained, context: Context, target: Path) -> dic
         modelfile = student.modelfile(whole[0].name, order.licence) if whole else None
         if modelfile is not None:
             _write(made / "Modelfile", modelfile.text())
-        steps = lineage(student.checkpoint, context.workspace)
-        card = _card(order, student, context, merged, files, modelfile, steps)
+        card = _card(order, student, context, merged, files, modelfile)
         _write(made / "README.md", card.text())
         about: dict[str, Any] = {
             "student": order.student,
@@ -67,7 +71,7 @@ def build(order: Order, student: Trained, context: Context, target: Path) -> dic
             "formats": list(order.formats),
             "merged": asdict(merged) if merged else None,
             "files": [asdict(file) for file in files],
-            "lineage": steps,
+            "lineage": card.lineage,
         }
         folder.write_provenance(made, about)
         folder.write_checksums(made)
@@ -76,16 +80,128 @@ def build(order: Order, student: Trained, context: Context, target: Path) -> dic
 
 def _weights(order: Order, student: Trained, context: Context, made: Path) -> tuple[Merged | None, list[File]]:
     """The merged model and the GGUF files; what is only needed on the way is gone in the end."""
-    files: list[File] = []
-    merged = None
-    if {"merged", "gguf"} & set(order.formats):
-        merged = _merged(order, student, context, made / "merged")
-    if "gguf" in order.formats:
-        for quant in order.quants:
-            files.append(_gguf(order, student, context, made, quant))
-    if "gguf-adapter" in order.formats:
-        files.append(_gguf_adapter(order, student, made))
-    if merged is not None and "merged" not in order.formats:
-        shutil.rmtree(made / "merged")
-        merged = None
-    return merged, files
+    if not {"merged", "gguf"} & set(order.formats):
+        return None, []
+    folder_ = made / "merged"
+    quants = order.quants if "gguf" in order.formats else ()
+    with context.progress(student.merged_bytes(order.dtype) * (1 + len(quants)), "bytes") as bar:
+        bar.note("merging")
+        merged = merge.merge(
+            student.checkpoint,
+            student.source,
+            student.base_model,
+            student.chat.tokenizer,
+            order.dtype,
+            folder_,
+            advance=bar.advance,
+        )
+        context.log.info("merged: %s", merged)
+        written = []
+        for quant in quants:
+            bar.note(f"writing {quant}")
+            path = made / f"{order.student}-{quant}.gguf"
+            written.append(
+                gguf.convert(
+                    folder_, path, quant, name=order.student, template=student.template, advance=bar.advance
+                )
+            )
+    proofs = _proved([one.path for one in written], quants, merged, student, context, folder_)
+    files = [
+        File(one.path.name, quant, one.bytes, proof.as_dict())
+        for one, quant, proof in zip(written, quants, proofs, strict=True)
+    ]
+    if "merged" in order.formats:
+        return merged, files
+    shutil.rmtree(folder_)
+    return None, files
+
+
+def _proved(
+    paths: Sequence[Path],
+    quants: Sequence[str],
+    merged: Merged,
+    student: Trained,
+    context: Context,
+    folder_: Path,
+) -> list[Proof]:
+    """How each GGUF compares with the trained model; UserError, and no package, where one is another model."""
+    if not paths:
+        return []
+    chosen = proof_rows(student.rows)
+    with context.progress(len(chosen) * len(paths), "rows") as bar:
+        bar.note("comparing with the trained model")
+        proofs = parity.prove_all(
+            paths,
+            student.checkpoint,
+            chosen,
+            name=student.base_model,
+            workspace=context.workspace,
+            merged=folder_,
+            advance=bar.advance,
+        )
+    for path, quant, proof in zip(paths, quants, proofs, strict=True):
+        context.log.info("%s: %s", path.name, proof)
+        if failures := proof.failures(quant, merged.dtype):
+            raise UserError(
+                f"{path.name} does not answer as the trained model: {'; '.join(failures)}",
+                hint="no package was made, an earlier one is as it was; another type: --quantize f16",
+            )
+        if proof.engine is None:
+            context.warn(f"{path.name} is unproved: {proof.reason}")
+    context.terminal.table(
+        ["file", "compared by", "#tokens equal", "#mean KL", "#top-1", "#greedy equal"],
+        [[path.name, *proof_cells(proof.as_dict())] for path, proof in zip(paths, proofs, strict=True)],
+    )
+    return proofs
+
+
+def proof_rows(answered: Sequence[Row]) -> list[Row]:
+    """The rows that a GGUF is proved on: the first of each prompt type."""
+    by_type: dict[str | None, list[Row]] = {}
+    for row in answered:
+        by_type.setdefault(row.type, []).append(row)
+    share = -(-PROOF_ROWS // max(1, len(by_type)))
+    return [row for group in by_type.values() for row in group[:share]]
+
+
+def _copy_adapter(student: Trained, folder_: Path) -> None:
+    folder_.mkdir()
+    for name in _ADAPTER_FILES:
+        if (student.checkpoint / name).is_file():
+            shutil.copyfile(student.checkpoint / name, folder_ / name)
+    adapter = json.loads((student.checkpoint / _ADAPTER).read_text(encoding="utf-8"))
+    if student.revision is not None and adapter.get("revision") is None:
+        adapter["revision"] = student.revision  # of the base: another one would be another model
+    _write(folder_ / _ADAPTER, json.dumps(adapter, ensure_ascii=False, indent=2) + "\n")
+
+
+def _card(
+    order: Order,
+    student: Trained,
+    context: Context,
+    merged: Merged | None,
+    files: Sequence[File],
+    modelfile: Modelfile | None,
+) -> Card:
+    return Card(
+        student=order.student,
+        domain=context.domain_name,
+        languages=context.domain.languages,
+        base_model=student.base_model,
+        base_revision=student.revision,
+        licence=order.licence,
+        datasets=order.datasets,
+        training=student.training,
+        formats=order.formats,
+        merged=merged,
+        files=files,
+        modelfile=modelfile,
+        report=json.loads(order.report.read_text(encoding="utf-8")) if order.report else None,
+        lineage=lineage(student.checkpoint, context.workspace),
+        normalises=student.normalises,
+        version=__version__,
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")

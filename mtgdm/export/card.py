@@ -44,7 +44,8 @@ class Card:
     languages: Sequence[str]
     base_model: str
     base_revision: str | None
-    licence: str | None
+    licence: Mapping[str, str]
+    """`license` and what else the Hub knows of it: `license_name`, `license_link`."""
     datasets: Sequence[str]
     training: Mapping[str, Any]
     formats: Sequence[str]
@@ -86,7 +87,7 @@ class Card:
     def _front_matter(self) -> dict[str, Any]:
         front: dict[str, Any] = {
             "language": [*self.languages],
-            "license": self.licence,
+            **self.licence,
             "library_name": "transformers" if self.merged else "gguf" if self.files else "peft",
             "pipeline_tag": "text-generation",
             "datasets": [*self.datasets],
@@ -166,16 +167,11 @@ class Card:
         yield ""
         yield "| file | compared by | tokens equal | mean KL | same likeliest token | greedy answers equal |"
         yield "|---|---|---|---|---|---|"
-        unproved = []
         for file in proved:
-            proof = file.proof or {}
-            if proof.get("engine"):
-                yield "| " + " | ".join([f"`{file.name}`", *proof_cells(proof)]) + " |"
-            else:
-                unproved.append(f"`{file.name}` is **unproved**: {proof.get('reason')}.")
-                yield f"| `{file.name}` | not compared | – | – | – | – |"
-        if unproved:
-            yield from ("", *unproved)
+            yield "| " + " | ".join([f"`{file.name}`", *proof_cells(file.proof or {})]) + " |"
+        for file in proved:
+            if file.proof and not file.proof["engine"]:
+                yield from ("", f"`{file.name}` is **unproved**: {file.proof['reason']}.")
 
     def _merge_proof(self, merged: Merged) -> Iterator[str]:
         if merged.max_logit_difference is None:
@@ -227,13 +223,19 @@ class Card:
 
 def proof_cells(proof: Mapping[str, Any]) -> list[str]:
     """How a GGUF compares with the trained model: engine, tokens, KL, likeliest token, greedy answers."""
+    if not proof["engine"]:
+        return ["not compared", "–", "–", "–", "–"]
     return [
         f"{proof['engine']}, {proof['rows']:,} rows",
-        "yes" if proof["tokens_equal"] else "no",
+        _count(proof["tokens_equal"], proof["rows"]),
         _figure(proof["mean_kl"], ".1e"),
         _figure(proof["top1_agreement"], ".1%"),
-        str(proof["greedy_equal"]),
+        _count(proof["greedy_equal"], proof["rows"]),
     ]
+
+
+def _count(equal: int | None, rows: int) -> str:
+    return "–" if equal is None else f"{equal} of {rows}"
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +79,12 @@ class Trained:
                 load_config(self.source, self.base_model)
             )
         return sum(value.numel() for value in model.parameters())
+
+    def merged_bytes(self, dtype: str) -> int:
+        """How large the merged model will be; `auto` takes the numbers that the base is stored in."""
+        stored = load_config(self.source, self.base_model).dtype
+        number = getattr(torch, dtype) if dtype != "auto" else stored or torch.bfloat16
+        return self.parameters * int(number.itemsize)
 
     @cached_property
     def revision(self) -> str | None:
@@ -169,6 +176,14 @@ class Trained:
                 return {}
         front = _front_matter(path)
         return {key: str(front[key]) for key in _LICENCE_KEYS if front.get(key)}
+
+    @property
+    def question(self) -> list[Message]:
+        """What a served student is asked first: a row, in the form that its tokenizer would bring it into."""
+        asked = self.rows[0].prompt if self.rows else [{"role": "user", "content": "?"}]
+        if not self.normalises:
+            return asked
+        return [{**one, "content": unicodedata.normalize("NFC", one["content"])} for one in asked]
 
     @property
     def _adds_bos(self) -> bool:

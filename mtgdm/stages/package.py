@@ -29,6 +29,7 @@ Quant = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 
 ALL: tuple[Format, ...] = ("adapter", "merged", "gguf")
 """What is made where nobody says."""
+_BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")
 _REPORTS = "eval-report-*.json"
 _ROOM_TO_SPARE = 1.05
 _SHOWN_LETTERS = 300
@@ -230,7 +231,7 @@ def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple
     if problems:
         context.warn(f"no GGUF: {problems[0]}")
         return tuple(one for one in formats if not one.startswith("gguf"))
-    if "gguf" in formats and any(quant in quantize.FILE_TYPES for quant in config.quantize):
+    if "gguf" in formats and any(quant in _BY_LLAMA_CPP for quant in config.quantize):
         quantize.require()
     return formats
 
@@ -252,10 +253,10 @@ def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Forma
 
 def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> dict[str, int]:
     """Bytes by format; what is needed while a GGUF is made stands as `on the way`."""
-    from mtgdm.export import gguf, merge
+    from mtgdm.export import gguf
 
     adapter = (student.checkpoint / "adapter_model.safetensors").stat().st_size
-    merged = student.parameters * merge.item_bytes(student.source, student.base_model, config.dtype)
+    merged = student.merged_bytes(config.dtype)
     found = {"adapter": adapter, "merged": merged, "gguf-adapter": adapter}
     found = {name: size for name, size in found.items() if name in formats}
     if "gguf" in formats:
@@ -334,7 +335,6 @@ def _create_in_ollama(
 ) -> None:
     """Make the model in Ollama, ask it a row, and see that it read the prompt as the training would have."""
     from mtgdm.export import folder
-    from mtgdm.export.ollama import question
 
     quant = _for_ollama(config)
     path = target / f"{target.name}-{quant}.gguf"
@@ -347,7 +347,7 @@ def _create_in_ollama(
         modelfile.request(),
         quantize=config.ollama_quantize,
     )
-    asked = question(student)
+    asked = student.question
     expected = len(student.chat.prompt(asked))
     answer = server.ask(config.ollama_create, asked, max_tokens=modelfile.num_ctx - expected)
     said = " ".join(answer.text.split())
