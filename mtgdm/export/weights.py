@@ -22,7 +22,7 @@ SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
 
 _SINGLE = "model.safetensors"
-_MADE_ONCE = "make safetensors of them once, with from_pretrained(..., dtype='auto').save_pretrained(FOLDER) of transformers"
+_MADE_ONCE = "make safetensors of them once: from_pretrained(..., dtype='auto').save_pretrained(FOLDER)"
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
