@@ -61,12 +61,12 @@ def _branches(
 
 
 def _holds(condition: str, scope: dict[str, Any]) -> bool:
-    role = scope["message"]["role"]
+    role: str = scope["message"]["role"]
     if condition == _LEAD:
         return scope["number"] == 0 and role != "system"
     found = re.fullmatch(r'eq \.Role "(\w+)"', condition)
     assert found is not None, condition
-    return bool(role == found[1])
+    return role == found[1]
 
 
 def _behind(parts: list[tuple[bool, str]]) -> list[tuple[bool, str]]:

@@ -1,4 +1,4 @@
-"""A packaged student put into Ollama: uploaded once, made, asked, and one clear line for each thing that can go wrong."""
+"""A packaged student put into Ollama: uploaded once, made, asked; one clear line for all that can go wrong."""
 
 from __future__ import annotations
 
@@ -79,7 +79,12 @@ def test_it_is_uploaded_made_and_answers(server: OllamaServer, context: Context,
     assert (answer.text, answer.prompt_tokens) == ("在杭州。", 17)
     made = server.made["guide"].request
     assert made["files"] == {"guide-f16.gguf": f"sha256:{digest(path)}"}
-    assert made["parameters"] == {"temperature": 0, "repeat_penalty": 1, "num_ctx": 512, "stop": ["<|im_end|>"]}
+    assert made["parameters"] == {
+        "temperature": 0,
+        "repeat_penalty": 1,
+        "num_ctx": 512,
+        "stop": ["<|im_end|>"],
+    }
     assert (made["system"], made["license"], made["template"]) == ("你是讲解员。", "mit", CHATML)
     assert server.made["guide"].file == path.read_bytes()
 
@@ -103,13 +108,18 @@ def test_ollama_quantizes_itself(server: OllamaServer, context: Context, tmp_pat
     assert not can_quantize("q8_0")
 
 
-def test_a_file_that_changed_since_it_was_packaged(server: OllamaServer, context: Context, tmp_path: Path) -> None:
+def test_a_file_that_changed_since_it_was_packaged(
+    server: OllamaServer, context: Context, tmp_path: Path
+) -> None:
     path = gguf_file(tmp_path)
     packaged = digest(path)
     with path.open("r+b") as file:
         file.seek(2_000_000)
         file.write(b"?")
-    with Client(server.url, context) as client, pytest.raises(UserError, match="no longer the one that was") as caught:
+    with (
+        Client(server.url, context) as client,
+        pytest.raises(UserError, match="no longer the one that was") as caught,
+    ):
         client.create("guide", path, packaged, MODELFILE.request(), quantize=None)
     assert "digest mismatch" in caught.value.message
     assert not server.made
@@ -118,7 +128,7 @@ def test_a_file_that_changed_since_it_was_packaged(server: OllamaServer, context
 def test_an_architecture_that_the_server_does_not_know(
     server: OllamaServer, context: Context, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="does not know the model's architecture.*'qwen9'") as caught:
+    with pytest.raises(UserError, match=r"does not know the model's architecture.*'qwen9'") as caught:
         create(server.url, context, gguf_file(tmp_path, architecture="qwen9"))
     assert "update Ollama" in (caught.value.hint or "")
 
@@ -136,14 +146,19 @@ def test_a_server_that_goes_down_half_way(
     assert "guide" in server.made
 
 
-def test_a_server_that_says_success_and_has_no_model(server: OllamaServer, context: Context, tmp_path: Path) -> None:
+def test_a_server_that_says_success_and_has_no_model(
+    server: OllamaServer, context: Context, tmp_path: Path
+) -> None:
     server.forgets = True
     with pytest.raises(UserError, match="said that it made guide, and does not know it"):
         create(server.url, context, gguf_file(tmp_path))
 
 
 def test_a_server_that_is_not_there(context: Context) -> None:
-    with Client("http://127.0.0.1:9", context) as client, pytest.raises(UserError, match="no Ollama server answers"):
+    with (
+        Client("http://127.0.0.1:9", context) as client,
+        pytest.raises(UserError, match="no Ollama server answers"),
+    ):
         client.check()
 
 

@@ -49,7 +49,14 @@ CHATS: list[list[Message]] = [
         [("user", "西湖在哪里？")],
         [("system", "你是讲解员。"), ("user", "资料：\n名称：西湖\n")],
         [("user", "a"), ("assistant", '{"b": {{ 1 }}}'), ("user", "c <|x|> {% d %}")],
-        [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")],
+        [
+            ("system", "s"),
+            ("user", "a"),
+            ("assistant", "b"),
+            ("user", "c"),
+            ("assistant", "d"),
+            ("user", "e"),
+        ],
     )
 ]
 
@@ -60,13 +67,13 @@ def renderer(template: str) -> Render:
         from transformers.utils.chat_template_utils import render_jinja_template
 
     def render(messages: Sequence[Message], ask: bool) -> str:
-        found, _ = render_jinja_template(
+        texts: list[str] = render_jinja_template(
             conversations=[list(messages)],
             chat_template=template,
             add_generation_prompt=ask,
             enable_thinking=False,
-        )
-        return str(found[0])
+        )[0]
+        return texts[0]
 
     return render
 
@@ -133,7 +140,11 @@ func main() {
             cases.append({"Template": turns.go(start=True), "Messages": [*go_template.fields(chat)]})
             expected.append(renderer(template)(chat, True))
     ran = subprocess.run(
-        ["go", "run", "main.go"], cwd=tmp_path, input=json.dumps(cases).encode(), capture_output=True, check=True
+        ["go", "run", "main.go"],
+        cwd=tmp_path,
+        input=json.dumps(cases).encode(),
+        capture_output=True,
+        check=True,
     )
     assert json.loads(ran.stdout) == expected
 

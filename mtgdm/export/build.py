@@ -1,4 +1,4 @@
-"""A package made: adapter, merged model, GGUF files with their proof, Modelfile, card, checksums; whole, or not at all."""
+"""A package made, whole or not at all: adapter, merged model, GGUF files with their proof, Modelfile, card, sums."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def build(order: Order, student: Trained, context: Context, target: Path) -> dic
     return about
 
 
-def _weights(order: Order, student: Trained, context: Context, made: Path) -> tuple[Merged | None, list[File]]:
+def _weights(
+    order: Order, student: Trained, context: Context, made: Path
+) -> tuple[Merged | None, list[File]]:
     """The merged model and the GGUF files; what is only needed on the way is gone in the end."""
     if not {"merged", "gguf"} & set(order.formats):
         return None, []

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, errors, get_token
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 
 from mtgdm.errors import SettingError, UserError
 
-_LOG_IN = "set HF_TOKEN to a token that may write (https://huggingface.co/settings/tokens), or `hf auth login`"
+_LOG_IN = (
+    "set HF_TOKEN to a token that may write (https://huggingface.co/settings/tokens), or `hf auth login`"
+)
 
 
 def check_name(repo: str) -> None:
@@ -20,7 +22,9 @@ def check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except errors.HFValidationError as error:
-        raise SettingError(f"'{repo}' is no repository of the Hub: {error}", hint="--push OWNER/NAME") from error
+        raise SettingError(
+            f"'{repo}' is no repository of the Hub: {error}", hint="--push OWNER/NAME"
+        ) from error
     if "/" not in repo:
         raise SettingError(f"'{repo}' names no owner", hint=f"--push OWNER/{repo}")
 
@@ -62,7 +66,9 @@ def _hub_errors(repo: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
-            raise UserError(f"the Hub does not let this token write to {repo}: HTTP {status}", hint=_LOG_IN) from error
+            raise UserError(
+                f"the Hub does not let this token write to {repo}: HTTP {status}", hint=_LOG_IN
+            ) from error
         raise UserError(
             f"the Hub does not take {repo}: {error.server_message or _first_line(error)}",
             hint="the package is whole: run the same command again, what was uploaded is not sent twice",

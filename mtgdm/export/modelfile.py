@@ -41,7 +41,10 @@ class Modelfile:
     def request(self) -> dict[str, Any]:
         """The same for `POST /api/create`, less the model's name and its file."""
         told = {"template": self.template, "system": self.system, "license": self.licence}
-        return {"parameters": self.parameters, **{key: text for key, text in told.items() if text is not None}}
+        return {
+            "parameters": self.parameters,
+            **{key: text for key, text in told.items() if text is not None},
+        }
 
     def _lines(self) -> Iterator[str]:
         for remark in self.remarks:

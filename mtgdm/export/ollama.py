@@ -105,7 +105,7 @@ class OllamaServer:
                 return Answer(str(value["message"]["content"]), value.get("prompt_eval_count"))
         raise UserError(
             f"{name} was made, but does not answer: {_said(reply.text)}",
-            hint="`ollama ps` and the server's log tell more; a context that is too long for the memory is a usual cause",
+            hint="the server's log tells more; often the context is too long for the memory",
         )
 
     def _upload(self, path: Path, digest: str) -> None:
@@ -135,12 +135,17 @@ class OllamaServer:
                 where=path,
                 hint="mtgdm package, which makes it anew where it is damaged",
             )
-        raise UserError(f"Ollama does not take {path.name}: {said}", hint="is there room on the server's disk?")
+        raise UserError(
+            f"Ollama does not take {path.name}: {said}", hint="is there room on the server's disk?"
+        )
 
     def _create(self, name: str, body: dict[str, Any]) -> None:
         with self._context.progress(None, "steps") as bar:
             last = ""
-            with self._failures(f"made {name}"), self._client.stream("POST", "/api/create", json=body) as reply:
+            with (
+                self._failures(f"made {name}"),
+                self._client.stream("POST", "/api/create", json=body) as reply,
+            ):
                 if reply.status_code != 200:
                     raise _not_made(name, _said(reply.read().decode("utf-8", "replace")))
                 for line in reply.iter_lines():
@@ -194,7 +199,9 @@ def _not_made(name: str, said: str) -> UserError:
             f"this Ollama does not know the model's architecture: {said}",
             hint="update Ollama, then run the same command again",
         )
-    return UserError(f"Ollama did not make {name}: {said}", hint="the package is whole: mend it, run the same command")
+    return UserError(
+        f"Ollama did not make {name}: {said}", hint="the package is whole: mend it, run the same command"
+    )
 
 
 def _said(text: str) -> str:

@@ -82,9 +82,9 @@ class Trained:
 
     def merged_bytes(self, dtype: str) -> int:
         """How large the merged model will be; `auto` takes the numbers that the base is stored in."""
-        stored = load_config(self.source, self.base_model).dtype
-        number = getattr(torch, dtype) if dtype != "auto" else stored or torch.bfloat16
-        return self.parameters * int(number.itemsize)
+        stored = load_config(self.source, self.base_model).dtype if dtype == "auto" else getattr(torch, dtype)
+        number = stored if isinstance(stored, torch.dtype) else torch.bfloat16
+        return self.parameters * number.itemsize
 
     @cached_property
     def revision(self) -> str | None:
@@ -149,13 +149,15 @@ class Trained:
         system = self.system
         if system is not None and not can_be_quoted(system):
             system = None
-            remarks.append("No SYSTEM, for a Modelfile cannot hold the quotation marks of the training's own.")
+            remarks.append(
+                "No SYSTEM, for a Modelfile cannot hold the quotation marks of the training's own."
+            )
         longest = int(self.training.get("max_len") or context_length(1 << 30, self.config))
-        (stop,) = self.chat.tokenizer.convert_ids_to_tokens([self.chat.end_of_turn])
+        stop = self.chat.tokenizer.convert_ids_to_tokens([self.chat.end_of_turn])[0]
         return Modelfile(
             gguf,
             template,
-            str(stop),
+            stop,
             context_length(longest, self.config),
             system,
             " ".join(licence.values()) or None,

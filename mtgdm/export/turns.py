@@ -28,7 +28,7 @@ _TEXTS = (
     "\n  kept as it is \n",
     "好",
 )
-"""Texts that templates may treat in ways of their own: several lines, JSON, marks of template languages, white space."""
+"""Texts that a template may treat in ways of its own: lines, JSON, marks of template languages, white space."""
 
 
 class NotOfTurns(UserError):
@@ -67,7 +67,8 @@ class Turns:
         """The same in the language of Ollama's TEMPLATE, `start` where the server adds no BOS by itself."""
         lead = '{{ if and (eq $i 0) (ne .Role "system") }}' + self.without_system + "{{ end }}"
         cases = "{{ else ".join(
-            f'if eq .Role "{role}" }}}}{self.before[role]}{{{{ .Content }}}}{self.after[role]}' for role in _ROLES
+            f'if eq .Role "{role}" }}}}{self.before[role]}{{{{ .Content }}}}{self.after[role]}'
+            for role in _ROLES
         )
         return (
             (self.start if start else "")
@@ -99,7 +100,9 @@ class Turns:
         )
 
 
-def turns_of(template: str, render: Render, *, bos: str = "", prompts: Iterable[Sequence[Message]] = ()) -> Turns:
+def turns_of(
+    template: str, render: Render, *, bos: str = "", prompts: Iterable[Sequence[Message]] = ()
+) -> Turns:
     """What a template sets around each turn; NotOfTurns, with the reason, where that is not all it does.
 
     `prompts` are conversations that it must render alike too, beside those tried of themselves.
@@ -149,7 +152,15 @@ def _found(render: Render, bos: str) -> Turns:
 def _conversations() -> list[list[Message]]:
     a, b, c, d, white, short = _TEXTS
     turns = [("system", a), ("user", b), ("assistant", c), ("user", d), ("assistant", white), ("user", short)]
-    found = [turns[:2], turns[1:2], turns[:4], turns[1:4], turns, turns[1:], [("system", white), ("user", white)]]
+    found = [
+        turns[:2],
+        turns[1:2],
+        turns[:4],
+        turns[1:4],
+        turns,
+        turns[1:],
+        [("system", white), ("user", white)],
+    ]
     return [[{"role": role, "content": text} for role, text in one] for one in found]
 
 

@@ -49,7 +49,8 @@ class PackageConfig(StageConfig):
     name: str = Field("", pattern=r"^[^/\\\s]*$")
     """The student's name; by default made from the checkpoint."""
     formats: tuple[Format, ...] | None = None
-    """What to make, of adapter, merged, gguf, gguf-adapter; by default the first three, GGUF where the base allows it."""
+    """What to make, of adapter, merged, gguf, gguf-adapter; by default the first three, less GGUF where the base does
+    not allow it."""
     quantize: tuple[Quant, ...] = Field(("q8_0",), min_length=1)
     """Types of the GGUF files: f32, f16, bf16, q8_0, and with the extra `llama` q4_k_m, q5_k_m, q6_k. The first one is
     that of the Modelfile."""
@@ -80,7 +81,11 @@ class PackageConfig(StageConfig):
     @classmethod
     def _as_gguf_writes(cls, value: Any) -> Any:
         """`Q4_K_M` is as good as `q4_k_m`."""
-        return [one.lower() if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
+        return (
+            [one.lower() if isinstance(one, str) else one for one in value]
+            if isinstance(value, list)
+            else value
+        )
 
     def resolved(self, workspace: Path) -> Self:
         """The same settings with every path absolute."""
@@ -257,10 +262,12 @@ def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) ->
 
     adapter = (student.checkpoint / "adapter_model.safetensors").stat().st_size
     merged = student.merged_bytes(config.dtype)
-    found = {"adapter": adapter, "merged": merged, "gguf-adapter": adapter}
-    found = {name: size for name, size in found.items() if name in formats}
+    sizes_of = {"adapter": adapter, "merged": merged, "gguf-adapter": adapter}
+    found: dict[str, int] = {name: size for name, size in sizes_of.items() if name in formats}
     if "gguf" in formats:
-        sizes = {quant: gguf.gguf_bytes(student.parameters, quant) for quant in config.quantize}
+        sizes: dict[str, int] = {
+            quant: gguf.gguf_bytes(student.parameters, quant) for quant in config.quantize
+        }
         most = max(gguf.room_needed(student.parameters, quant) - size for quant, size in sizes.items())
         found |= sizes
         found["on the way"] = most + (0 if "merged" in formats else merged)
@@ -309,7 +316,13 @@ def _order(
     inputs = [path for path in config.inputs() if path.exists()]
     known = [made.output for path in inputs if (made := manifest.read(path))]
     read = [manifest.state(path, context.workspace, known).sha256 for path in inputs]
-    shaping = {**asdict(order), "report": None, "domain": context.domain_name, "mtgdm": __version__, "read": read}
+    shaping = {
+        **asdict(order),
+        "report": None,
+        "domain": context.domain_name,
+        "mtgdm": __version__,
+        "read": read,
+    }
     return replace(order, fingerprint=manifest.settings_digest(shaping))
 
 
@@ -326,7 +339,9 @@ def _expected(config: PackageConfig, checkpoint: Path) -> dict[str, Any]:
         "parameters": student.parameters,
         "mib_of_disk": {name: max(1, round(size / 2**20)) for name, size in room.items()},
         "gguf": f"not for this base: {problems[0]}" if problems else None,
-        "llama.cpp": "at hand" if quantize.is_installed() else f"not installed, so no k-quants: {quantize.INSTALL}",
+        "llama.cpp": "at hand"
+        if quantize.is_installed()
+        else f"not installed, so no k-quants: {quantize.INSTALL}",
     }
 
 
