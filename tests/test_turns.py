@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,13 +68,13 @@ def renderer(template: str) -> Render:
         from transformers.utils.chat_template_utils import render_jinja_template
 
     def render(messages: Sequence[Message], ask: bool) -> str:
-        texts: list[str] = render_jinja_template(
+        texts: Any = render_jinja_template(
             conversations=[list(messages)],
             chat_template=template,
             add_generation_prompt=ask,
             enable_thinking=False,
         )[0]
-        return texts[0]
+        return str(texts[0])
 
     return render
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mtgdm.export.folder import in_words
+
 if TYPE_CHECKING:
     from mtgdm.export.merge import Merged
     from mtgdm.export.modelfile import Modelfile
@@ -130,7 +132,7 @@ class Card:
             what = f"the whole model in {file.quant}"
             if file.quant == _ADAPTER_QUANT:
                 what = f"the LoRA weights alone, for a GGUF of `{self.base_model}` (`llama-server --lora`)"
-            yield f"| `{file.name}` | {file.bytes / 1e6:,.1f} MB | {what} |"
+            yield f"| `{file.name}` | {in_words(file.bytes)} | {what} |"
         if self.merged:
             yield f"| `merged/` | | {self.merged.parameters:,} parameters in {self.merged.dtype} |"
         if "adapter" in self.formats:

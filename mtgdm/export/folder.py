@@ -48,6 +48,14 @@ def provenance(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     return about if whole and there == {*known, CHECKSUMS} else None
 
 
+def in_words(size: int) -> str:
+    """A size for readers: `0.4 kB`, `3.1 GB`."""
+    for unit, of in (("GB", 1e9), ("MB", 1e6)):
+        if size >= of:
+            return f"{size / of:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"
+
+
 def size_of(folder: Path) -> int:
     """Bytes of all its files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -76,7 +76,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # that of the HTTP library it uses
         raise UserError(
             f"the Hub cannot be reached: {_first_line(error)}",
-            hint="the network, proxies and HF_HUB_OFFLINE are usual causes; the package is whole",
+            hint="the network, a proxy and HF_HUB_OFFLINE are usual causes; no package was lost",
         ) from error
 
 

@@ -146,11 +146,10 @@ def run(config: PackageConfig, context: Context) -> Result:
     """Package the checkpoint: adapter, merged model, GGUF with its proof, Modelfile, model card, checksums."""
     _check_settings(config)
     checkpoint = Path(chosen_checkpoint(str(config.model) if config.model else None, config.checkpoints))
-    training = _training(checkpoint)
-    _check_template(checkpoint)
     from mtgdm.student.installed import TRAINING, require
 
     require(*TRAINING)
+    training = _training(checkpoint)
     from mtgdm.student.noise import quiet
 
     with quiet(), ExitStack() as held:
@@ -204,21 +203,19 @@ def _for_ollama(config: PackageConfig) -> Quant | None:
 
 
 def _training(checkpoint: Path) -> dict[str, Any]:
+    """What the checkpoint knows of its training; UserError where its template is not the one of then."""
     if not (checkpoint / "adapter_config.json").is_file():
         raise UserError("this is no finished checkpoint: adapter_config.json is missing", where=checkpoint)
-    path = checkpoint / "training.json"
-    if not path.is_file():
-        adapter = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-        return {"base_model": adapter["base_model_name_or_path"]}
-    training: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    known = Training.of(checkpoint)
+    if known is None:
+        from mtgdm.student.base import base_of
+
+        return {"base_model": base_of(str(checkpoint))}
+    template = checkpoint / "chat_template.jinja"
+    if template.is_file():
+        known.check_template(template_fingerprint(template.read_bytes().decode("utf-8")))
+    training: dict[str, Any] = json.loads(known.path.read_text(encoding="utf-8"))
     return training
-
-
-def _check_template(checkpoint: Path) -> None:
-    """UserError where the template beside the adapter is not the one of its training."""
-    training, path = Training.of(checkpoint), checkpoint / "chat_template.jinja"
-    if training is not None and path.is_file():
-        training.check_template(template_fingerprint(path.read_bytes().decode("utf-8")))
 
 
 def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple[Format, ...]:
@@ -257,7 +254,7 @@ def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Forma
 
 
 def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> dict[str, int]:
-    """Bytes by format; what is needed while a GGUF is made stands as `on the way`."""
+    """Bytes by format; what is needed while a GGUF is made stands as `on_the_way`."""
     from mtgdm.export import gguf
 
     adapter = (student.checkpoint / "adapter_model.safetensors").stat().st_size
@@ -269,8 +266,8 @@ def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) ->
             quant: gguf.gguf_bytes(student.parameters, quant) for quant in config.quantize
         }
         most = max(gguf.room_needed(student.parameters, quant) - size for quant, size in sizes.items())
-        found |= sizes
-        found["on the way"] = most + (0 if "merged" in formats else merged)
+        found["gguf"] = sum(sizes.values())
+        found["on_the_way"] = most + (0 if "merged" in formats else merged)
     return found
 
 
@@ -301,6 +298,7 @@ def _check_hub(config: PackageConfig) -> None:
 def _order(
     config: PackageConfig, context: Context, student: Trained, formats: tuple[Format, ...], name: str
 ) -> Order:
+    from mtgdm.export import quantize
     from mtgdm.export.build import Order
 
     licence = {"license": config.license} if config.license else student.licence
@@ -318,10 +316,11 @@ def _order(
     read = [manifest.state(path, context.workspace, known).sha256 for path in inputs]
     shaping = {
         **asdict(order),
-        "report": None,
+        "report": None,  # among what was read
         "domain": context.domain_name,
         "mtgdm": __version__,
         "read": read,
+        "llama.cpp": quantize.is_installed(),  # which proves more
     }
     return replace(order, fingerprint=manifest.settings_digest(shaping))
 
@@ -364,9 +363,9 @@ def _create_in_ollama(
     )
     asked = student.question
     expected = len(student.chat.prompt(asked))
-    answer = server.ask(config.ollama_create, asked, max_tokens=modelfile.num_ctx - expected)
+    answer = server.ask(config.ollama_create, asked, max_tokens=max(1, modelfile.num_ctx - expected))
     said = " ".join(answer.text.split())
-    context.print(f"{config.ollama_create} in Ollama was asked a row of `val` and says:")
+    context.print(f"{config.ollama_create} in Ollama was asked a first question and says:")
     context.print(said if len(said) <= _SHOWN_LETTERS else f"{said[:_SHOWN_LETTERS]}…")
     if answer.prompt_tokens not in (None, expected):
         context.warn(
@@ -380,8 +379,8 @@ def _push(config: PackageConfig, context: Context, target: Path) -> None:
     from mtgdm.export import folder, hub
 
     files = hub.listing(target)
-    context.terminal.table(["file", "#MB"], [[name, f"{size / 1e6:,.1f}"] for name, size in files])
-    total = f"{len(files):,} files, {folder.size_of(target) / 1e6:,.1f} MB"
+    context.terminal.table(["file", "#size"], [[name, folder.in_words(size)] for name, size in files])
+    total = f"{len(files):,} files, {folder.in_words(folder.size_of(target))}"
     if not config.push_now:
         context.print(f"{total} would go to {config.push}: --push-now uploads them")
         return
@@ -395,15 +394,15 @@ def _result(about: Mapping[str, Any], target: Path) -> Result:
 
     size, merged = folder.size_of(target), about["merged"]
     proved = [file for file in about["files"] if file["proof"]]
-    parts = [f"{target.name}: {', '.join(about['formats'])}, {size / 1e6:,.1f} MB"]
+    parts = [f"{target.name}: {', '.join(about['formats'])}, {folder.in_words(size)}"]
     if merged and merged["max_logit_difference"] is not None:
         parts.append(f"merged = base + adapter within {merged['max_logit_difference']:.0e}")
     parts += [_proof_in_words(file["quant"], file["proof"]) for file in proved]
-    told = ("formats", "base_model", "base_revision", "merged", "files", "lineage")
-    return Result(
-        counts={**{key: about[key] for key in told}, "bytes": size},
-        summary=" · ".join(parts),
-    )
+    told = ("formats", "base_model", "base_revision", "files", "lineage")
+    counts = {key: about[key] for key in told} | {"bytes": size}
+    if merged:
+        counts |= {key: merged[key] for key in ("max_logit_difference", "top1_agreement")}
+    return Result(counts=counts, summary=" · ".join(parts))
 
 
 def _proof_in_words(quant: str, proof: Mapping[str, Any]) -> str:
