@@ -99,7 +99,7 @@ def test_an_adapter_that_is_more_than_a_sum_is_refused(
 
 def test_an_adapter_of_another_base_is_refused(bases: Path, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen2-tied")
-    with pytest.raises(UserError, match="does not fit its base qwen3: .* has the shape"):
+    with pytest.raises(UserError, match=r"does not fit its base qwen3: .* has the shape"):
         merged_into(tmp_path / "merged", bases / "qwen3", checkpoint)
 
 
