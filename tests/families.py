@@ -33,6 +33,7 @@ SHAPE = {
     # Far from the usual 0.02: what a wrong conversion does shall show in every logit.
     "initializer_range": 0.2,
 }
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 SPECIAL = {
     "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "llama": [
@@ -46,7 +47,14 @@ SPECIAL = {
 FAMILIES = ("qwen2-tied", "qwen2-untied", "qwen3", "llama3")
 
 
-def make_family(folder: Path, kind: str, *, seed: int = 0, shape: dict[str, Any] | None = None) -> Path:
+def make_family(
+    folder: Path,
+    kind: str,
+    *,
+    seed: int = 0,
+    shape: dict[str, Any] | None = None,
+    rope: dict[str, Any] | None = None,
+) -> Path:
     """A model folder of a family as the Hub would give it, with random weights."""
     with quiet():
         import torch
@@ -54,7 +62,7 @@ def make_family(folder: Path, kind: str, *, seed: int = 0, shape: dict[str, Any]
         tokenizer = make_tokenizer("llama" if kind == "llama3" else "qwen")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _model(kind, len(tokenizer), SHAPE | (shape or {}))
+            model = _model(kind, len(tokenizer), SHAPE | (shape or {}), rope or PLAIN)
             for name, tensor in model.named_parameters():
                 if (
                     tensor.ndim == 1
@@ -65,7 +73,7 @@ def make_family(folder: Path, kind: str, *, seed: int = 0, shape: dict[str, Any]
     return folder
 
 
-def _model(kind: str, tokens: int, shape: dict[str, Any]) -> Any:
+def _model(kind: str, tokens: int, shape: dict[str, Any], plain: dict[str, Any]) -> Any:
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
@@ -77,7 +85,6 @@ def _model(kind: str, tokens: int, shape: dict[str, Any]) -> Any:
 
     # A few places more than tokens, as those of Qwen have.
     shape = {"vocab_size": tokens + 5, **shape}
-    plain = {"rope_type": "default", "rope_theta": 1e6}
     if kind.startswith("qwen2"):
         return Qwen2ForCausalLM(
             Qwen2Config(**shape, rope_parameters=plain, tie_word_embeddings=kind == "qwen2-tied")

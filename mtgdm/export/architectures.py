@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mtgdm.errors import UserError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from gguf import GGUFWriter
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,13 @@ def problems(model_config: Mapping[str, Any], tokenizer_folder: Path) -> list[st
         *_config_problems(found, model_config),
         *vocabulary.problems(tokenizer_folder, int(model_config["vocab_size"])),
     ]
+
+
+def base_problems(model_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The same of a base that lies on the Hub or in a folder, whose tokenizer is loaded."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return problems(model_config, Path(folder))
 
 
 def family(config: Mapping[str, Any]) -> Family:

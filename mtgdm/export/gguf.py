@@ -173,10 +173,7 @@ def _item_bytes(weights: Weights, name: str) -> int:
 def _plan(
     weights: Weights, found: Family, config: Mapping[str, Any], wanted: GGMLQuantizationType
 ) -> Iterator[_Planned]:
-    names = gguf.get_tensor_name_map(
-        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == found.architecture),
-        int(config["num_hidden_layers"]),
-    )
+    names = name_map(found, config)
     factors = architectures.rope_factors(config)
     if factors is not None:
         yield _Planned(None, "rope_freqs.weight", factors.shape, GGMLQuantizationType.F32)
@@ -189,6 +186,12 @@ def _plan(
                 f"the tensor {name} has no place in a GGUF of {found.known_as}", where=weights.folder
             )
         yield _Planned(name, named, stored.shape, _type_of(stored.shape, wanted))
+
+
+def name_map(found: Family, config: Mapping[str, Any]) -> gguf.TensorNameMap:
+    """From the names of transformers to those of GGUF."""
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == found.architecture)
+    return gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
 
 
 def _type_of(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:

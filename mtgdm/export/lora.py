@@ -49,6 +49,11 @@ class Pair:
     scale: float
     magnitude: torch.Tensor | None = None
 
+    @property
+    def rank(self) -> int:
+        """How many numbers lie between the factors."""
+        return self.a.shape[0]
+
     def added_to(self, weight: torch.Tensor) -> torch.Tensor:
         """W + s·BA, with DoRA each row brought to its trained length."""
         total = torch.addmm(weight, self.b, self.a, alpha=self.scale)

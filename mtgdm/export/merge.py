@@ -20,7 +20,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from mtgdm.errors import UserError
 from mtgdm.export import lora
 from mtgdm.export.lora import Lora
-from mtgdm.export.weights import Planned, Stored, Weights, is_float, named_dtype, width, write_shards
+from mtgdm.export.weights import (
+    SHARD_BYTES,
+    Planned,
+    Stored,
+    Weights,
+    is_float,
+    named_dtype,
+    width,
+    write_shards,
+)
 from mtgdm.student.base import folder_of, load_config, load_model, place
 from mtgdm.student.chat import Chat
 from mtgdm.student.generation import with_adapter
@@ -62,6 +71,7 @@ def merge(
     out: Path,
     *,
     advance: Callable[[int], None] = ignore,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Merged:
     """Merge the adapter of `checkpoint` into `base` and write the model and its tokenizer to `out`.
 
@@ -78,7 +88,7 @@ def merge(
     unproved = _too_large(parameters)
     difference, agreement = (None, None) if unproved else _prove(merger, checkpoint, base, name)
     out.mkdir(parents=True, exist_ok=True)
-    write_shards(merger.plan, merger.cast, out, advance=advance)
+    write_shards(merger.plan, merger.cast, out, advance=advance, shard_bytes=shard_bytes)
     _write_config(merger.config, out)
     _write_generation(merger.weights.folder, out, Chat(tokenizer, name).end_of_turn)
     tokenizer.save_pretrained(out, save_jinja_files=False)
