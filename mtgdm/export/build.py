@@ -11,8 +11,8 @@ from typing import Any
 
 from mtgdm import __version__, rows
 from mtgdm.errors import UserError
-from mtgdm.export import folder, gguf, merge, parity
-from mtgdm.export.card import Card, File, proof_cells
+from mtgdm.export import folder, gguf, lora_gguf, merge, parity
+from mtgdm.export.card import ADAPTER, Card, File, proof_cells
 from mtgdm.export.lineage import lineage
 from mtgdm.export.merge import Dtype, Merged
 from mtgdm.export.modelfile import Modelfile
@@ -22,9 +22,9 @@ from mtgdm.rows import Row
 from mtgdm.stage import Context
 
 PROOF_ROWS = 9
-"""About so many rows a GGUF is compared on: some thousand positions, and minutes for a model of 3 billion weights."""
+"""About so many rows a GGUF is compared on, as many of each prompt type."""
 
-_ADAPTER = "adapter_config.json"
+_ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = (
     "adapter_model.safetensors",
     "training.json",
@@ -82,8 +82,9 @@ def _weights(
     order: Order, student: Trained, context: Context, made: Path
 ) -> tuple[Merged | None, list[File]]:
     """The merged model and the GGUF files; what is only needed on the way is gone in the end."""
+    files = [_gguf_adapter(order, student, made)] if "gguf-adapter" in order.formats else []
     if not {"merged", "gguf"} & set(order.formats):
-        return None, []
+        return None, files
     folder_ = made / "merged"
     quants = order.quants if "gguf" in order.formats else ()
     with context.progress(student.merged_bytes(order.dtype) * (1 + len(quants)), "bytes") as bar:
@@ -108,7 +109,7 @@ def _weights(
                 )
             )
     proofs = _proved([one.path for one in written], quants, merged, student, context, folder_)
-    files = [
+    files[:0] = [
         File(one.path.name, quant, one.bytes, proof.as_dict())
         for one, quant, proof in zip(written, quants, proofs, strict=True)
     ]
@@ -116,6 +117,12 @@ def _weights(
         return merged, files
     shutil.rmtree(folder_)
     return None, files
+
+
+def _gguf_adapter(order: Order, student: Trained, made: Path) -> File:
+    path = made / f"{order.student}-adapter.gguf"
+    written = lora_gguf.convert_adapter(student.checkpoint, student.config, path, name=order.student)
+    return File(path.name, ADAPTER, written.bytes)
 
 
 def _proved(
@@ -171,10 +178,10 @@ def _copy_adapter(student: Trained, folder_: Path) -> None:
     for name in _ADAPTER_FILES:
         if (student.checkpoint / name).is_file():
             shutil.copyfile(student.checkpoint / name, folder_ / name)
-    adapter = json.loads((student.checkpoint / _ADAPTER).read_text(encoding="utf-8"))
+    adapter = json.loads((student.checkpoint / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if student.revision is not None and adapter.get("revision") is None:
         adapter["revision"] = student.revision  # of the base: another one would be another model
-    _write(folder_ / _ADAPTER, json.dumps(adapter, ensure_ascii=False, indent=2) + "\n")
+    _write(folder_ / _ADAPTER_CONFIG, json.dumps(adapter, ensure_ascii=False, indent=2) + "\n")
 
 
 def _card(

@@ -24,7 +24,7 @@ _METRICS = (
     ("unsupported_facts", "unsupported facts a row"),
 )
 NOT_A_HUB_ID = "mtgdm-tiny"
-_ADAPTER_QUANT = "gguf-adapter"
+ADAPTER = "gguf-adapter"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Card:
         }
         if self.base_model != NOT_A_HUB_ID:
             front["base_model"] = self.base_model
-            whole = self.merged or any(file.quant != _ADAPTER_QUANT for file in self.files)
+            whole = self.merged or any(file.quant != ADAPTER for file in self.files)
             front["base_model_relation"] = "finetune" if whole else "adapter"
         gguf = ["gguf"] if self.files else []
         front["tags"] = ["mtgdm", "distillation", "lora", self.domain, *gguf]
@@ -105,7 +105,7 @@ class Card:
     # --- how to run it ---
 
     def _usage(self) -> Iterator[str]:
-        whole = [file for file in self.files if file.quant != _ADAPTER_QUANT]
+        whole = [file for file in self.files if file.quant != ADAPTER]
         if self.modelfile and whole:
             yield "In Ollama:"
             yield from ("", "```bash", f"ollama create {self.student} -f Modelfile")
@@ -130,7 +130,7 @@ class Card:
     def _files(self) -> Iterator[str]:
         for file in self.files:
             what = f"the whole model in {file.quant}"
-            if file.quant == _ADAPTER_QUANT:
+            if file.quant == ADAPTER:
                 what = f"the LoRA weights alone, for a GGUF of `{self.base_model}` (`llama-server --lora`)"
             yield f"| `{file.name}` | {in_words(file.bytes)} | {what} |"
         if self.merged:
@@ -160,20 +160,21 @@ class Card:
 
     def _proof(self) -> Iterator[str]:
         if self.merged:
-            yield from self._merge_proof(self.merged)
-        proved = [file for file in self.files if file.proof]
-        if not proved:
-            return
-        yield ""
-        yield "Each GGUF was loaded again and compared with the trained model on held-out rows:"
-        yield ""
-        yield "| file | compared by | tokens equal | mean KL | same likeliest token | greedy answers equal |"
-        yield "|---|---|---|---|---|---|"
-        for file in proved:
-            yield "| " + " | ".join([f"`{file.name}`", *proof_cells(file.proof or {})]) + " |"
-        for file in proved:
-            if file.proof and not file.proof["engine"]:
-                yield from ("", f"`{file.name}` is **unproved**: {file.proof['reason']}.")
+            yield from (*self._merge_proof(self.merged), "")
+        proofs = {file.name: file.proof for file in self.files if file.proof}
+        if proofs:
+            yield "Each GGUF was loaded again and compared with the trained model on held-out rows:"
+            yield ""
+            yield "| file | compared by | tokens equal | mean KL | same likeliest token | greedy answers equal |"
+            yield "|---|---|---|---|---|---|"
+        for name, proof in proofs.items():
+            yield "| " + " | ".join([f"`{name}`", *proof_cells(proof)]) + " |"
+        for name, proof in proofs.items():
+            if not proof["engine"]:
+                yield from ("", f"`{name}` is **unproved**: {proof['reason']}.")
+        for file in self.files:
+            if file.quant == ADAPTER:
+                yield from ("", f"`{file.name}` was not compared: it is nothing without a GGUF of the base.")
 
     def _merge_proof(self, merged: Merged) -> Iterator[str]:
         if merged.max_logit_difference is None:

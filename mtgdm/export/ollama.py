@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 20
 _LONGEST_WORDS = 300
-_CAN_BE_QUANTIZED = ("f16", "bf16", "f32")
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,8 @@ class Answer:
 class OllamaServer:
     """One server; every failure is one line, and none of them touches the package."""
 
-    def __init__(self, url: str, context: Context, *, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
         self._url = server_url(url, Ollama.paths)
-        self._context = context
         self._client = httpx.Client(
             base_url=self._url,
             transport=transport,
@@ -69,17 +67,24 @@ class OllamaServer:
         )
 
     def create(
-        self, name: str, gguf: Path, digest: str, request: dict[str, Any], *, quantize: str | None
+        self,
+        name: str,
+        gguf: Path,
+        digest: str,
+        request: Mapping[str, Any],
+        context: Context,
+        *,
+        quantize: str | None = None,
     ) -> None:
         """Upload the file, make the model of it, and see that it is there.
 
         `digest` is the file's SHA-256 in hex, `request` what else `POST /api/create` takes.
         """
-        self._upload(gguf, f"sha256:{digest}")
+        self._upload(gguf, f"sha256:{digest}", context)
         body = {"model": name, "files": {gguf.name: f"sha256:{digest}"}, **request, "stream": True}
         if quantize is not None:
             body["quantize"] = quantize
-        self._create(name, body)
+        self._create(name, body, context)
         with self._failures(f"was asked for {name}"):
             shown = self._client.post("/api/show", json={"model": name})
         if shown.status_code != 200:
@@ -108,14 +113,14 @@ class OllamaServer:
             hint="the server's log tells more; often the context is too long for the memory",
         )
 
-    def _upload(self, path: Path, digest: str) -> None:
+    def _upload(self, path: Path, digest: str, context: Context) -> None:
         address = f"/api/blobs/{digest}"
         with self._failures(f"was asked for {path.name}"):
             if self._client.head(address).status_code == 200:
-                self._context.print(f"Ollama has {path.name} already")
+                context.print(f"Ollama has {path.name} already")
                 return
         size = path.stat().st_size
-        with self._context.progress(size, "bytes") as bar:
+        with context.progress(size, "bytes") as bar:
             bar.note(f"uploading {path.name}")
 
             def body() -> Iterator[bytes]:
@@ -139,8 +144,8 @@ class OllamaServer:
             f"Ollama does not take {path.name}: {said}", hint="is there room on the server's disk?"
         )
 
-    def _create(self, name: str, body: dict[str, Any]) -> None:
-        with self._context.progress(None, "steps") as bar:
+    def _create(self, name: str, body: Mapping[str, Any], context: Context) -> None:
+        with context.progress(None, "steps") as bar:
             last = ""
             with (
                 self._failures(f"made {name}"),
@@ -154,7 +159,7 @@ class OllamaServer:
                     status, last = _status(name, line, last)
                     bar.note(status)
                     bar.advance()
-                    self._context.log.info("ollama: %s", status)
+                    context.log.info("ollama: %s", status)
         if last != "success":
             raise UserError(
                 f"Ollama stopped making {name} without saying why" + (f", after: {last}" if last else ""),
@@ -173,11 +178,6 @@ class OllamaServer:
                 f"the Ollama server at {self._url} went away while it {doing}: {type(error).__name__}",
                 hint="start it again, then the same command goes on: the package is whole, nothing is made anew",
             ) from error
-
-
-def can_quantize(quant: str) -> bool:
-    """Whether Ollama takes a file of this type to quantize it itself."""
-    return quant in _CAN_BE_QUANTIZED
 
 
 def _status(name: str, line: str, last: str) -> tuple[str, str]:

@@ -30,6 +30,7 @@ Quant = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 ALL: tuple[Format, ...] = ("adapter", "merged", "gguf")
 """What is made where nobody says."""
 _BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")
+_OLLAMA_QUANTIZES = ("f16", "bf16", "f32")
 _REPORTS = "eval-report-*.json"
 _ROOM_TO_SPARE = 1.05
 _SHOWN_LETTERS = 300
@@ -158,7 +159,7 @@ def run(config: PackageConfig, context: Context) -> Result:
         student = trained.Trained.of(checkpoint, training, config.in_, context.workspace)
         formats = _formats(config, context, student)
         target = config.out / config.student(checkpoint)
-        server = _server(config, context, held)
+        server = _server(config, held)
         _check_hub(config)
         order = _order(config, context, student, formats, target.name)
         about = folder.provenance(target, order.fingerprint)
@@ -199,7 +200,7 @@ def _for_ollama(config: PackageConfig) -> Quant | None:
     """The type of the GGUF that Ollama is given."""
     if config.ollama_quantize is None:
         return config.quantize[0]
-    return next((quant for quant in config.quantize if quant in ("f16", "bf16", "f32")), None)
+    return next((quant for quant in config.quantize if quant in _OLLAMA_QUANTIZES), None)
 
 
 def _training(checkpoint: Path) -> dict[str, Any]:
@@ -220,9 +221,18 @@ def _training(checkpoint: Path) -> dict[str, Any]:
 
 def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple[Format, ...]:
     """What to make; a GGUF that the base does not allow is refused where it was asked for, else left out."""
-    from mtgdm.export import architectures, quantize
+    from mtgdm.export import architectures, lora, lora_gguf, quantize
 
     formats = config.formats or ALL
+    if formats == ("adapter",):
+        return formats
+    adapter = lora.read(student.checkpoint)  # refuses one that cannot be merged
+    if "gguf-adapter" in formats and (problem := lora_gguf.adapter_problem(adapter, student.config)):
+        raise UserError(
+            f"{problem}, which a GGUF adapter cannot hold",
+            where=student.checkpoint,
+            hint="--formats gguf holds the same student whole",
+        )
     if not any(one.startswith("gguf") for one in formats):
         return formats
     problems = architectures.problems(student.config, student.checkpoint)
@@ -271,13 +281,13 @@ def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) ->
     return found
 
 
-def _server(config: PackageConfig, context: Context, held: ExitStack) -> OllamaServer | None:
+def _server(config: PackageConfig, held: ExitStack) -> OllamaServer | None:
     """The Ollama server that is to get the student, if one is; it must be there before hours of work, not after."""
     if not config.ollama_create:
         return None
     from mtgdm.export.ollama import OllamaServer
 
-    server = held.enter_context(OllamaServer(config.url, context))
+    server = held.enter_context(OllamaServer(config.url))
     server.check()
     return server
 
@@ -359,6 +369,7 @@ def _create_in_ollama(
         path,
         folder.checksums(target)[path.name],
         modelfile.request(),
+        context,
         quantize=config.ollama_quantize,
     )
     asked = student.question
