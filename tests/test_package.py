@@ -8,12 +8,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from mtgdm import manifest
 from mtgdm.errors import SettingError, UserError
-from mtgdm.export import hub, merge, parity, quantize
+from mtgdm.export import gguf, hub, merge, parity, quantize
+from mtgdm.export.lineage import lineage
+from mtgdm.stages.package import PackageConfig, Quant
 from mtgdm.stages.package import run as package
 from mtgdm.stages.train import run as train
 from mtgdm.student.noise import quiet
@@ -197,6 +200,46 @@ def test_the_lineage_leads_back_over_the_manifests(workspace: Path) -> None:
     about = json.loads((student(workspace) / "provenance.json").read_text(encoding="utf-8"))
     assert about["lineage"] == [step]
     assert str(workspace) not in json.dumps(about)
+
+
+def test_a_step_whose_file_was_changed_since_is_marked_and_what_lies_behind_is_not_told(
+    workspace: Path,
+) -> None:
+    answered = workspace / "data/teacher.jsonl"
+    made = manifest.read(workspace / "data/checkpoints/base-lora")
+    assert made is not None
+    prompts = made.inputs[0].model_copy(update={"path": str(workspace.parent / "far/prompts.jsonl")})
+    of_teacher = made.model_copy(update={"stage": "teacher", "output": made.inputs[0], "inputs": [prompts]})
+    manifest.write(of_teacher, answered)
+    steps = lineage(workspace / "data/checkpoints/base-lora", workspace)
+    assert [step["stage"] for step in steps] == ["train", "teacher"]
+    assert steps[1]["inputs"][0]["path"] == "prompts.jsonl", "a place on this machine is nobody's business"
+    other = made.inputs[0].model_copy(update={"sha256": "0" * 64})
+    manifest.write(of_teacher.model_copy(update={"output": other}), answered)
+    steps = lineage(workspace / "data/checkpoints/base-lora", workspace)
+    assert (steps[1]["changed_since"], "inputs" in steps[1]) == (True, False)
+
+
+def test_lora_alone_may_be_packaged_as_gguf(workspace: Path) -> None:
+    ran = packaged(workspace, formats="gguf-adapter")
+    (file,) = ran.result.counts["files"]
+    assert (file["name"], file["proof"]) == ("base-student-adapter.gguf", None)
+    assert (student(workspace) / "base-student-adapter.gguf").stat().st_size == file["bytes"]
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "it is nothing without a GGUF of the base" in card
+    assert not (student(workspace) / "Modelfile").exists()
+
+
+def test_plan_tells_the_room_by_format(workspace: Path) -> None:
+    config = PackageConfig(formats=("gguf",), quantize=("f16", "q8_0")).resolved(workspace)
+    told = config.estimate()
+    assert told["parameters"] == 194_976
+    assert told["mib_of_disk"].keys() == {"gguf", "on_the_way"}
+    assert PackageConfig().resolved(workspace / "nowhere").estimate() == {}
+
+
+def test_the_types_of_gguf_are_those_of_the_converter() -> None:
+    assert get_args(Quant) == gguf.QUANTS
 
 
 def test_a_base_that_gguf_does_not_know_is_packaged_without_and_refused_where_gguf_was_asked_for(
