@@ -21,7 +21,7 @@ from mtgdm.export.trained import Trained
 from mtgdm.rows import Row
 from mtgdm.stage import Context
 
-PROOF_ROWS = 9
+PROOF_ROWS = 6
 """About so many rows a GGUF is compared on, as many of each prompt type."""
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -148,19 +148,20 @@ def _proved(
             merged=folder_,
             advance=bar.advance,
         )
-    for path, quant, proof in zip(paths, quants, proofs, strict=True):
+    context.terminal.table(
+        ["file", "compared by", "#tokens equal", "#mean KL", "#top-1", "#greedy equal"],
+        [[path.name, *proof_cells(proof.as_dict())] for path, proof in zip(paths, proofs, strict=True)],
+    )
+    for path, proof in zip(paths, proofs, strict=True):
         context.log.info("%s: %s", path.name, proof)
+        if proof.engine is None:
+            context.warn(f"{path.name} is unproved: {proof.reason}")
+    for path, quant, proof in zip(paths, quants, proofs, strict=True):
         if failures := proof.failures(quant, merged.dtype):
             raise UserError(
                 f"{path.name} does not answer as the trained model: {'; '.join(failures)}",
                 hint="no package was made, an earlier one is as it was; another type: --quantize f16",
             )
-        if proof.engine is None:
-            context.warn(f"{path.name} is unproved: {proof.reason}")
-    context.terminal.table(
-        ["file", "compared by", "#tokens equal", "#mean KL", "#top-1", "#greedy equal"],
-        [[path.name, *proof_cells(proof.as_dict())] for path, proof in zip(paths, proofs, strict=True)],
-    )
     return proofs
 
 
