@@ -215,6 +215,8 @@ def test_the_types_of_a_trained_model_are_within_their_limits(tmp_path: Path) ->
     files = [written(student, tmp_path / f"{quant}.gguf", quant) for quant in QUANTS]
     for quant, proof in zip(QUANTS, prove(student, files), strict=True):
         assert proof.failures(quant) == [], (quant, str(proof))
+        assert proof.mean_kl is not None
+        assert proof.mean_kl <= 1e-3 or quant.endswith(("k", "m"))
 
 
 def trained_base(folder: Path, kind: str = "qwen2-tied") -> Path:

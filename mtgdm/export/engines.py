@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -20,6 +21,9 @@ from mtgdm.student.chat import Chat
 
 Array = np.ndarray[Any, Any]
 EngineName = Literal["llama.cpp", "transformers"]
+
+_THREADS = max(1, (os.cpu_count() or 1) // 2)
+"""llama.cpp's threads wait for one another by spinning: with one a core, a machine that does anything else crawls."""
 
 
 class Engine(Protocol):
@@ -43,7 +47,7 @@ class Trained:
         self._model = model
         self._tokenizer = tokenizer or chat.tokenizer
         self._ends = frozenset(generation.end_tokens(model, chat))
-        self._pad = chat.pad
+        self._written: dict[tuple[int, ...], list[int]] = {}
 
     def tokens(self, text: str) -> list[int] | None:
         """A text as tokens."""
@@ -57,7 +61,13 @@ class Trained:
         return found
 
     def greedy(self, ids: Sequence[int], most: int) -> list[int]:
-        """The likeliest tokens one after another."""
+        """The likeliest tokens one after another; asked again for every file, and computed once."""
+        key = (*ids, most)
+        if key not in self._written:
+            self._written[key] = self._greedy(ids, most)
+        return self._written[key]
+
+    def _greedy(self, ids: Sequence[int], most: int) -> list[int]:
         written: list[int] = []
         cache: Any = None
         given = list(ids)
@@ -128,6 +138,8 @@ def opened(file: Path, chat: Chat, positions: int) -> Iterator[tuple[EngineName,
         llama = llama_cpp.Llama(
             str(file),
             n_ctx=positions,
+            n_threads=_THREADS,
+            n_threads_batch=_THREADS,
             logits_all=True,
             type_k=llama_cpp.GGML_TYPE_F32,
             type_v=llama_cpp.GGML_TYPE_F32,
