@@ -1,4 +1,5 @@
-"""The project's commands: `nox -s quickstart`, `nox -s tests`, `nox -s lint`, `nox -s bench`."""
+"""The project's commands: `nox -s quickstart`, `nox -s tests`, `nox -s lint`, `nox -s llama`,
+`nox -s bench`."""
 
 from __future__ import annotations
 
@@ -50,6 +51,17 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+
+
+@nox.session
+def llama(session: nox.Session) -> None:
+    """Build llama.cpp (minutes; needs a C compiler, cmake and ninja) and try our GGUF files in it."""
+    build = {
+        "CMAKE_ARGS": "-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF",  # runs on other machines; no vision models
+        "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2"),
+    }
+    session.install("-c", "constraints.txt", "-e", ".[train,llama]", "--group", "tests", env=build)
+    session.run("pytest", "-m", "llama", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session

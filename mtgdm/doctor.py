@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mtgdm.registry import Registry
     from mtgdm.teachers.seam import Backend
 
-_TRAINING = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+_TRAINING = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "gguf")
 _FREE_GIB = 10
 
 
@@ -37,6 +37,7 @@ def examine(profile: Profile, registry: Registry) -> list[Finding]:
     return [
         Finding(state="ok", what="Python", found=sys.version.split()[0]),
         *_libraries(),
+        *_llama(),
         *_gpu(),
         *_browser(),
         *_fonts(),
@@ -44,6 +45,7 @@ def examine(profile: Profile, registry: Registry) -> list[Finding]:
         *_plugins(registry),
         *_spots(profile, registry),
         *_teacher(profile, registry),
+        *_ollama(profile, registry),
     ]
 
 
@@ -60,6 +62,19 @@ def _libraries() -> Iterator[Finding]:
             what="training",
             found=f"not installed: {', '.join(missing)}",
             mend='pip install "mtgdm[train]"',
+        )
+
+
+def _llama() -> Iterator[Finding]:
+    """GGUF is written without llama.cpp, but its k-quants are not, nor is every GGUF proved."""
+    try:
+        yield Finding(state="ok", what="llama-cpp-python", found=metadata.version("llama-cpp-python"))
+    except metadata.PackageNotFoundError:
+        yield Finding(
+            state="note",
+            what="llama-cpp-python",
+            found="none: no q4_k_m, q5_k_m and q6_k, and some GGUF files stay unproved",
+            mend='pip install "mtgdm[llama]", which needs a C compiler and cmake',
         )
 
 
@@ -164,6 +179,23 @@ def _teacher(profile: Profile, registry: Registry) -> Iterator[Finding]:
     for backend in found:
         what = f"teacher {name}" + (f" at {backend.place}" if len(found) > 1 else "")
         yield _checked(what, backend)
+
+
+def _ollama(profile: Profile, registry: Registry) -> Iterator[Finding]:
+    """The server that `package` makes the student in, where the profile names a model for it."""
+    if "package" not in registry.stages:
+        return
+    config: Any = settings_for(registry.stage("package"), profile, {}).config
+    if not config.ollama_create:
+        return
+    from mtgdm.export.ollama import OllamaServer
+
+    what = "Ollama for package"
+    try:
+        with OllamaServer(config.url) as server:
+            yield Finding(state="ok", what=what, found=f"{server.check()} at {config.url}")
+    except MtgdmError as error:
+        yield Finding(state="wrong", what=what, found=str(error), mend=error.hint or "")
 
 
 def _checked(what: str, backend: Backend) -> Finding:

@@ -70,6 +70,8 @@ class Domain(ABC):
     name: ClassVar[str]
     types: ClassVar[tuple[str, ...]]
     """The prompt types, in the order in which a record's prompts are written."""
+    languages: ClassVar[tuple[str, ...]] = ()
+    """What answers are written in, as the Hub calls it: `zh`, `en`."""
 
     @abstractmethod
     def read(self, path: Path, on_bad: BadRecord) -> Iterator[Record]:

@@ -27,6 +27,8 @@ RECENT_S = 300.0
 BAR_WIDTH = 28
 SHORTEST_BAR = 8
 BETWEEN_NOTES = " · "
+BYTES = "bytes"
+"""The unit that is shown as kB, MB and GB."""
 
 PIPE_COLUMNS = 1000
 """In a file or a pipe there is no edge to wrap a table at, and a path in two pieces is no path."""
@@ -193,7 +195,9 @@ class Progress:
 
     @property
     def count(self) -> str:
-        """`  12/600 rows`."""
+        """`  12/600 rows`, `0.8/3.1 GB`."""
+        if self._unit == BYTES:
+            return _bytes(self.done, self.total)
         if self.total is None:
             return f"{self.done:,} {self._unit}"
         total = f"{self.total:,}"
@@ -205,6 +209,8 @@ class Progress:
         pace = self._pace()
         if not pace:
             return ""
+        if self._unit == BYTES:
+            return f"{_bytes(round(pace), None)}/s"
         return (
             f"{_rounded(pace)} {self._unit}/s" if pace >= 0.1 else f"{_rounded(60 * pace)} {self._unit}/min"
         )
@@ -354,6 +360,15 @@ def counted(number: int, noun: str) -> str:
 
 def _rounded(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2f}"
+
+
+def _bytes(done: int, total: int | None) -> str:
+    """Both in the unit of the larger, so that a bar keeps its width."""
+    largest = total or done
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if largest >= size:
+            return f"{done / size:.1f}{'' if total is None else f'/{total / size:.1f}'} {unit}"
+    return f"{done / 1e3:.0f}{'' if total is None else f'/{total / 1e3:.0f}'} kB"
 
 
 def _clock(seconds: float) -> str:

@@ -2,12 +2,15 @@
 
 Durations are nanoseconds; counts of zero and empty reasons are left out of replies; wrong types of options
 are errors, unknown options are not; a prompt that does not fit is refused only where `truncate` and `shift`
-are off, and otherwise cut without a word.
+are off, and otherwise cut without a word. Models are made as there: a blob is kept where its SHA-256 is what its
+address says, and a model of it where the architecture is known and a type that is to be quantized allows it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -15,7 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
+
+from tests.go_template import render
 
 JsonObject = dict[str, Any]
 
@@ -60,6 +65,20 @@ class Fault:
     """Answer, but change the reply."""
 
 
+@dataclass(frozen=True)
+class MadeModel:
+    """What `POST /api/create` made."""
+
+    request: JsonObject
+    file: bytes
+
+    def rendered(self, messages: list[JsonObject]) -> str:
+        """The prompt of a chat, SYSTEM put before those that bring none."""
+        if "system" in self.request and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.request["system"]}, *messages]
+        return render(self.request["template"], messages)
+
+
 @dataclass
 class OllamaServer:
     """Serves while used as a context manager; everything may be changed while it runs."""
@@ -76,6 +95,18 @@ class OllamaServer:
     """Like servers before `truncate` and `shift`: what does not fit is cut unseen."""
     port: int = 0
     """Where it listens; 0 takes one that is free."""
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    """Uploaded files by `sha256:...`."""
+    made: dict[str, MadeModel] = field(default_factory=dict)
+    """Models that were created, by name."""
+    architectures: tuple[str, ...] = ("llama", "qwen2", "qwen3")
+    uploads: int = 0
+    dies: Literal["", "uploading", "creating"] = ""
+    """Where it closes the connection without a word."""
+    forgets: bool = False
+    """Say `success` and have no model."""
+    count: Callable[[str], int] | None = None
+    """How a made model counts the tokens of a rendered prompt."""
     questions: list[Question] = field(default_factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
@@ -129,7 +160,7 @@ class OllamaServer:
             return refusal
         options = body.get("options", {})
         num_ctx = min(options.get("num_ctx", 4096), self.models[body["model"]])
-        prompt_tokens = sum(tokens(message["content"]) + 4 for message in body["messages"])
+        prompt_tokens = self._prompt_tokens(body)
         if prompt_tokens > num_ctx:
             if not self.cuts_prompts and body.get("truncate") is False and body.get("shift") is False:
                 said = "the prompt is longer than the context length currently available to the model"
@@ -142,6 +173,42 @@ class OllamaServer:
         if cut:
             content = content[: int(limit / 0.7)]
         return 200, _reply(body["model"], content, prompt_tokens, "length" if cut else "stop")
+
+    def _prompt_tokens(self, body: JsonObject) -> int:
+        made = self.made.get(body["model"])
+        if made is not None and self.count is not None:
+            return self.count(made.rendered(body["messages"]))
+        return sum(tokens(message["content"]) + 4 for message in body["messages"])
+
+    def create(self, body: JsonObject) -> tuple[int, list[JsonObject]]:
+        """`POST /api/create`: the status, and the lines of the stream."""
+        files = body.get("files") or {}
+        if not files:
+            return 400, [{"error": "neither 'from' or 'files' was specified"}]
+        ((name, digest),) = files.items()
+        if "/" in name or "\\" in name:
+            return 400, [{"error": "file path must be relative"}]
+        if digest not in self.blobs:
+            return 400, [{"error": f'blob "{digest}" not found'}]
+        data = self.blobs[digest]
+        if not data.startswith(b"GGUF"):
+            return 400, [{"error": "unknown type"}]
+        lines: list[JsonObject] = [{"status": "parsing GGUF"}]
+        architecture = _text_of(data, b"general.architecture")
+        if architecture not in self.architectures:
+            return 200, [*lines, {"error": f"unknown model architecture: '{architecture}'"}]
+        if wanted := body.get("quantize"):
+            if _number_of(data, b"general.file_type") not in (0, 1, 32):
+                said = "quantization is only supported for F16, BF16 and F32 models"
+                return 200, [*lines, {"error": said}]
+            for done in (0, len(data) // 2, len(data)):
+                status = f"quantizing F16 model to {wanted.upper()}"
+                lines.append({"status": status, "digest": digest, "total": len(data), "completed": done})
+        lines += [{"status": f"creating new layer {digest}"}, {"status": "writing manifest"}]
+        if not self.forgets:
+            self.made[body["model"]] = MadeModel(body, data)
+            self.models[body["model"]] = body["parameters"]["num_ctx"]
+        return 200, [*lines, {"status": "success"}]
 
     def _refusal(self, body: JsonObject) -> tuple[int, JsonObject] | None:
         if body.get("model") not in self.models:
@@ -189,10 +256,21 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(404, b"404 page not found", {"Content-Type": "text/plain"})
 
+    def do_HEAD(self) -> None:
+        known = self.path.removeprefix("/api/blobs/") in self.server_of.blobs
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def do_POST(self) -> None:
+        if self.path.startswith("/api/blobs/"):
+            self._upload(self.path.removeprefix("/api/blobs/"))
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/api/show":
             self._show(body)
+        elif self.path == "/api/create":
+            self._create(body)
         elif self.path == "/api/chat":
             question = self.server_of.question(body)
             try:
@@ -201,6 +279,40 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server_of.left()
         else:
             self._send(404, b"404 page not found", {"Content-Type": "text/plain"})
+
+    def _upload(self, digest: str) -> None:
+        self.server_of.uploads += 1
+        length = int(self.headers["Content-Length"])
+        if self.server_of.dies == "uploading":
+            self.rfile.read(length // 2)
+            self.close_connection = True
+            return
+        data = self.rfile.read(length)
+        got = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        if got != digest:
+            self._send(400, {"error": f'digest mismatch, expected "{digest}", got "{got}"'})
+            return
+        self.server_of.blobs[digest] = data
+        self._send(201, b"")
+
+    def _create(self, body: JsonObject) -> None:
+        status, lines = self.server_of.create(body)
+        if status != 200:
+            self._send(status, lines[0])
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if self.server_of.dies == "creating":
+            lines = lines[:1]
+        for line in lines:
+            data = json.dumps(line).encode("utf-8") + b"\n"
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        if self.server_of.dies == "creating":
+            self.close_connection = True
+        else:
+            self.wfile.write(b"0\r\n\r\n")
 
     def _show(self, body: JsonObject) -> None:
         if self.server_of.busy_shows > 0:
@@ -257,6 +369,21 @@ class _Handler(BaseHTTPRequestHandler):
 def tokens(text: str) -> int:
     """As many tokens as a vocabulary that knows Chinese would make, about."""
     return int(len(text) * 0.7) + 1
+
+
+def _text_of(gguf: bytes, key: bytes) -> str:
+    """The text of a GGUF's key: type 8, length in 8 bytes, UTF-8."""
+    found = re.search(re.escape(key) + rb"\x08\0\0\0(.{8})", gguf, re.DOTALL)
+    assert found is not None, key
+    length = int.from_bytes(found[1], "little")
+    return gguf[found.end() : found.end() + length].decode("utf-8")
+
+
+def _number_of(gguf: bytes, key: bytes) -> int:
+    """The unsigned number of a GGUF's key: type 4, 4 bytes."""
+    found = re.search(re.escape(key) + rb"\x04\0\0\0(.{4})", gguf, re.DOTALL)
+    assert found is not None, key
+    return int.from_bytes(found[1], "little")
 
 
 def _reply(model: str, content: str, prompt_tokens: int, reason: str) -> JsonObject:

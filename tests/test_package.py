@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from mtgdm import manifest
 from mtgdm.errors import SettingError, UserError
-from mtgdm.export import merge
+from mtgdm.export import gguf, hub, merge, parity, quantize
+from mtgdm.export.lineage import lineage
+from mtgdm.stages.package import PackageConfig, Quant
 from mtgdm.stages.package import run as package
 from mtgdm.stages.train import run as train
 from mtgdm.student.noise import quiet
 from mtgdm.testing import StageRun
 from mtgdm.testing import run as run_stage
 from tests.conftest import write_lines
+from tests.ollama_server import OllamaServer
 from tests.tiny_student import make_base, teacher_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -83,20 +90,284 @@ def test_the_adapter_names_its_base_and_not_a_place_on_this_machine(workspace: P
     assert str(workspace) not in text
 
 
-def test_the_card_quotes_the_newest_report(workspace: Path) -> None:
+def eval_report(workspace: Path, number: int, **told: Any) -> None:
+    """A report of the checkpoint, made after it; later numbers are newer."""
     report = {
+        "model": "data/checkpoints/base-lora on test, beside its base",
+        "created": (datetime.now() + timedelta(minutes=number)).strftime("%Y-%m-%d %H:%M:%S"),
         "rows": 51,
         "student": {"char_f1": {"mean": 0.876, "ci95": [0.81, 0.92]}},
         "base": {"char_f1": {"mean": 0.123, "ci95": [0.1, 0.2]}},
     }
-    write_lines(workspace / "data/report/eval-report-20260101-000000.json", report | {"rows": 7})
-    write_lines(workspace / "data/report/eval-report-20260102-000000.json", report)
-    packaged(workspace, formats="adapter", name="guide")
+    write_lines(workspace / f"data/report/eval-report-2026010{number}-000000.json", report | told)
+
+
+def test_the_card_quotes_the_newest_report_of_this_very_student(workspace: Path) -> None:
+    eval_report(workspace, 1, rows=7)
+    eval_report(workspace, 2)
+    eval_report(workspace, 3, rows=8, model="data/checkpoints/base-lora-2 on test")
+    eval_report(workspace, 4, rows=9, created="2020-01-01 00:00:00")  # of before it was trained again
+    ran = packaged(workspace, formats="adapter", name="guide")
     card = (workspace / "data/export/guide/README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlanguage:\n- zh\n- en\n")
     assert "51 held-out rows" in card
     assert "| char-F1 | 0.876 [0.810, 0.920] | 0.123 [0.100, 0.200] |" in card
-    assert "base_model: base" in card
+    assert "data/report/eval-report-20260102-000000.json" in {one.path for one in ran.manifests[0].inputs}
+
+
+def test_every_file_of_the_package_has_its_checksum(workspace: Path) -> None:
+    packaged(workspace)
+    lines = (student(workspace) / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    files = {path for path in student(workspace).rglob("*") if path.is_file() and path.name != "SHA256SUMS"}
+    assert {student(workspace) / name for name in sums} == files
+    assert all(
+        hashlib.sha256(path.read_bytes()).hexdigest() == sums[path.relative_to(student(workspace)).as_posix()]
+        for path in files
+    )
+
+
+def test_the_gguf_is_proved_on_rows_of_val_and_the_figures_are_kept(workspace: Path) -> None:
+    ran = packaged(workspace)
+    (file,) = ran.result.counts["files"]
+    proof = file["proof"]
+    assert file["name"] == "base-student-q8_0.gguf"
+    assert (proof["rows"], proof["tokens_equal"]) == (3, 3)
+    assert proof["mean_kl"] < 1e-3
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"| `base-student-q8_0.gguf` | {proof['engine']}, 3 rows | 3 of 3 | {proof['mean_kl']:.1e} |" in card
+    )
+    assert "prompts in NFC" in card
+    assert any("3 of 3" in line for line in ran.printed)
+
+
+def test_a_gguf_that_answers_otherwise_is_refused_and_the_old_package_stays(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaged(workspace)
+    before = (student(workspace) / "SHA256SUMS").read_bytes()
+    for quant in ("f16", "f32"):
+        monkeypatch.setitem(parity.LIMITS, quant, parity.Limit(-1.0, 0.0))
+    with pytest.raises(
+        UserError, match=r"base-student-f16\.gguf does not answer as the trained model: mean KL"
+    ):
+        packaged(workspace, quantize="f16")
+    assert (student(workspace) / "SHA256SUMS").read_bytes() == before
+    assert [path.name for path in student(workspace).parent.iterdir() if path.is_dir()] == ["base-student"]
+
+
+def test_a_package_that_is_there_and_whole_is_not_made_again(workspace: Path) -> None:
+    packaged(workspace)
+    gguf = student(workspace) / "base-student-q8_0.gguf"
+    made = gguf.stat().st_mtime_ns
+    again = packaged(workspace)
+    assert "data/export/base-student is there already, and whole" in again.printed
+    assert again.result.counts["files"][0]["proof"]["rows"] == 3
+    assert gguf.stat().st_mtime_ns == made
+    with gguf.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    packaged(workspace)
+    assert gguf.stat().st_mtime_ns != made
+    packaged(workspace, formats="gguf", quantize="f32,f16")
+    assert sorted(path.name for path in student(workspace).iterdir()) == [
+        "Modelfile",
+        "README.md",
+        "SHA256SUMS",
+        "base-student-f16.gguf",
+        "base-student-f32.gguf",
+        "provenance.json",
+    ]
+
+
+def test_the_modelfile_is_made_for_the_first_gguf_from_what_the_training_knew(workspace: Path) -> None:
+    packaged(workspace, formats="gguf", quantize="F16,q8_0", license="apache-2.0")
+    lines = (student(workspace) / "Modelfile").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "FROM ./base-student-f16.gguf"
+    assert "PARAMETER temperature 0" in lines
+    assert 'PARAMETER stop "<|im_end|>"' in lines
+    assert "PARAMETER num_ctx 2048" in lines
+    assert 'SYSTEM """你是讲解员。"""' in lines
+    assert 'LICENSE """apache-2.0"""' in lines
+    assert lines[1].startswith('TEMPLATE """{{ range $i, $_ := .Messages }}')
+
+
+def test_the_lineage_leads_back_over_the_manifests(workspace: Path) -> None:
+    ran = packaged(workspace, formats="adapter")
+    (step,) = ran.result.counts["lineage"]
+    assert (step["stage"], step["inputs"][0]["path"]) == ("train", "data/teacher.jsonl")
+    about = json.loads((student(workspace) / "provenance.json").read_text(encoding="utf-8"))
+    assert about["lineage"] == [step]
+    assert str(workspace) not in json.dumps(about)
+
+
+def test_a_step_whose_file_was_changed_since_is_marked_and_what_lies_behind_is_not_told(
+    workspace: Path,
+) -> None:
+    answered = workspace / "data/teacher.jsonl"
+    made = manifest.read(workspace / "data/checkpoints/base-lora")
+    assert made is not None
+    prompts = made.inputs[0].model_copy(update={"path": str(workspace.parent / "far/prompts.jsonl")})
+    of_teacher = made.model_copy(update={"stage": "teacher", "output": made.inputs[0], "inputs": [prompts]})
+    manifest.write(of_teacher, answered)
+    steps = lineage(workspace / "data/checkpoints/base-lora", workspace)
+    assert [step["stage"] for step in steps] == ["train", "teacher"]
+    assert steps[1]["inputs"][0]["path"] == "prompts.jsonl", "a place on this machine is nobody's business"
+    other = made.inputs[0].model_copy(update={"sha256": "0" * 64})
+    manifest.write(of_teacher.model_copy(update={"output": other}), answered)
+    steps = lineage(workspace / "data/checkpoints/base-lora", workspace)
+    assert (steps[1]["changed_since"], "inputs" in steps[1]) == (True, False)
+
+
+def test_lora_alone_may_be_packaged_as_gguf(workspace: Path) -> None:
+    ran = packaged(workspace, formats="gguf-adapter")
+    (file,) = ran.result.counts["files"]
+    assert (file["name"], file["proof"]) == ("base-student-adapter.gguf", None)
+    assert (student(workspace) / "base-student-adapter.gguf").stat().st_size == file["bytes"]
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "it is nothing without a GGUF of the base" in card
+    assert not (student(workspace) / "Modelfile").exists()
+
+
+def test_plan_tells_the_room_by_format(workspace: Path) -> None:
+    config = PackageConfig(formats=("gguf",), quantize=("f16", "q8_0")).resolved(workspace)
+    told = config.estimate()
+    assert told["parameters"] == 194_976
+    assert told["mib_of_disk"].keys() == {"gguf", "on_the_way"}
+    assert PackageConfig().resolved(workspace / "nowhere").estimate() == {}
+
+
+def test_the_types_of_gguf_are_those_of_the_converter() -> None:
+    assert get_args(Quant) == gguf.QUANTS
+
+
+def test_a_base_that_gguf_does_not_know_is_packaged_without_and_refused_where_gguf_was_asked_for(
+    workspace: Path,
+) -> None:
+    config = workspace / "base/config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"silu"', '"gelu"'), encoding="utf-8")
+    with pytest.raises(UserError, match="base cannot be written as GGUF: its activation gelu"):
+        packaged(workspace, formats="gguf")
+    ran = packaged(workspace)
+    assert ran.result.counts["formats"] == ["adapter", "merged"]
+    assert any("no GGUF: its activation gelu" in line for line in ran.warnings)
+    assert not (student(workspace) / "Modelfile").exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before_any_work(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    with pytest.raises(UserError, match="while it is made, and"):
+        packaged(workspace)
+    assert not student(workspace).exists()
+
+
+def test_a_quantization_without_llama_cpp_is_refused_before_any_work(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "is_installed", lambda: False)
+    with pytest.raises(UserError, match="llama-cpp-python is not installed") as caught:
+        packaged(workspace, quantize="q4_K_M")
+    assert 'pip install "mtgdm[llama]"' in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"ollama_create": "guide", "formats": "merged"}, "Ollama is given a GGUF"),
+        ({"ollama_create": "guide", "ollama_quantize": "q4_K_M"}, "none is among --quantize q8_0"),
+        ({"ollama_quantize": "q4_K_M", "quantize": "f16"}, "name the model with --ollama-create"),
+        ({"push_now": True}, "does not say where to"),
+        ({"push": "guide"}, "names no owner"),
+        ({"push": "me/gui de"}, "is no repository"),
+        ({"quantize": "q9"}, "q9"),
+        ({"name": "../guide"}, "name"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(workspace: Path, settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(SettingError, match=why):
+        packaged(workspace, **settings)
+    assert not student(workspace).exists()
+
+
+# --- to Ollama and to the Hub --------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[OllamaServer]:
+    with OllamaServer(lambda question: "  在杭州市。\n") as running:
+        yield running
+
+
+def count_of(workspace: Path) -> Callable[[str], int]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(workspace / "data/checkpoints/base-lora/tokenizer.json"))
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def test_the_student_is_made_in_ollama_and_reads_there_what_it_read_in_the_training(
+    workspace: Path, server: OllamaServer
+) -> None:
+    server.count = count_of(workspace)
+    ran = packaged(workspace, ollama_create="guide", url=server.url)
+    assert "在杭州市。" in ran.printed
+    assert not ran.warnings
+    made = server.made["guide"]
+    assert made.file == (student(workspace) / "base-student-q8_0.gguf").read_bytes()
+    assert made.request["parameters"]["num_ctx"] == 2048
+    assert server.questions[0].body["messages"][-1]["content"].startswith("资料：\n名称：val景区")
+
+
+def test_ollama_may_quantize_what_is_packaged_in_16_bits(workspace: Path, server: OllamaServer) -> None:
+    packaged(workspace, ollama_create="guide", url=server.url, quantize="q8_0,f16", ollama_quantize="q4_K_M")
+    assert server.made["guide"].request["quantize"] == "q4_K_M"
+    assert [*server.made["guide"].request["files"]] == ["base-student-f16.gguf"]
+
+
+def test_another_template_in_ollama_is_noticed_by_the_tokens_it_reads(
+    workspace: Path, server: OllamaServer
+) -> None:
+    count = count_of(workspace)
+    server.count = lambda text: count(f"<|im_start|>system\nYou are Qwen.<|im_end|>\n{text}")
+    ran = packaged(workspace, ollama_create="guide", url=server.url)
+    assert any("it does not use the template of the package" in line for line in ran.warnings)
+
+
+def test_a_server_that_fails_leaves_the_package_whole_and_nothing_is_made_again(
+    workspace: Path, server: OllamaServer
+) -> None:
+    server.dies = "creating"
+    with pytest.raises(UserError, match="went away"):
+        packaged(workspace, ollama_create="guide", url=server.url)
+    assert (student(workspace) / "SHA256SUMS").is_file()
+    server.dies = ""
+    ran = packaged(workspace, ollama_create="guide", url=server.url)
+    assert any("is there already, and whole" in line for line in ran.printed)
+    assert (server.uploads, [*server.made]) == (1, ["guide"])
+
+
+def test_a_server_that_is_not_there_is_told_before_any_work(workspace: Path) -> None:
+    with pytest.raises(UserError, match="no Ollama server answers"):
+        packaged(workspace, ollama_create="guide", url="http://127.0.0.1:9")
+    assert not student(workspace).exists()
+
+
+def test_a_push_is_a_list_until_it_is_meant(workspace: Path) -> None:
+    ran = packaged(workspace, formats="adapter", push="me/guide")
+    assert any(line.startswith("adapter/adapter_model.safetensors  ") for line in ran.printed)
+    assert "would go to me/guide: --push-now uploads them" in ran.printed[-1]
+
+
+def test_without_a_token_nothing_is_made_for_the_hub(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="wants a token"):
+        packaged(workspace, formats="adapter", push="me/guide", push_now=True)
+    assert not student(workspace).exists()
 
 
 def test_a_merge_that_differs_is_refused_and_the_old_package_stays(
@@ -106,14 +377,14 @@ def test_a_merge_that_differs_is_refused_and_the_old_package_stays(
     before = (student(workspace) / "SHA256SUMS").read_bytes()
     monkeypatch.setattr(merge, "LOGIT_LIMIT", -1.0)
     with pytest.raises(UserError, match="differs from base and adapter"):
-        packaged(workspace)
+        packaged(workspace, dtype="float16")
     assert (student(workspace) / "SHA256SUMS").read_bytes() == before
     assert [path.name for path in student(workspace).parent.iterdir() if path.is_dir()] == ["base-student"]
 
 
 def test_what_cannot_be_packaged_is_one_line(workspace: Path) -> None:
-    with pytest.raises(SettingError, match="GGUF"):
-        packaged(workspace, formats="gguf")
+    with pytest.raises(SettingError, match="names nothing to make"):
+        packaged(workspace, formats="")
     with pytest.raises(UserError, match=r"adapter_config\.json is missing"):
         packaged(workspace, model="base")
     adapter = workspace / "data/checkpoints/base-lora/adapter_model.safetensors"

@@ -169,3 +169,22 @@ def test_a_log_says_how_far_an_interrupted_work_came(
             bar.advance(done)
             raise KeyboardInterrupt
     assert capsys.readouterr().err.splitlines() == ["teacher: 7/60 rows · 7.0 rows/s · 0:01"]
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "shown"),
+    [
+        (1_500, 9_900, "2/10 kB"),
+        (0, 3_100_000, "0.0/3.1 MB"),
+        (812_000_000, 3_100_000_000, "0.8/3.1 GB"),
+        (2, None, "0 kB"),
+    ],
+)
+def test_bytes_are_told_in_the_unit_of_the_whole(
+    done: int, total: int | None, shown: str, clock: Clock
+) -> None:
+    bar = Progress("package", total, "bytes", done)
+    assert bar.count == shown
+    clock.now += 2
+    bar.advance(3_000_000)
+    assert bar.rate == "1.5 MB/s"

@@ -865,3 +865,16 @@ def test_the_newest_checkpoint_is_deleted_first(workspace: Path, monkeypatch: py
     monkeypatch.setattr(shutil, "rmtree", lambda path: gone.append(path.name))
     assert resume.remove_checkpoints(workspace, keep=frozenset({workspace / "checkpoint-3"})) == 2
     assert gone == ["checkpoint-100", "checkpoint-20"]
+
+
+def test_a_base_that_cannot_be_packaged_as_gguf_is_told_before_the_training(workspace: Path) -> None:
+    assert not any("GGUF" in line for line in trained(workspace, max_steps=1).warnings)
+    path = workspace / "base" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {
+        "use_sliding_window": True,
+        "sliding_window": 512,
+    }
+    path.write_text(json.dumps(config), encoding="utf-8", newline="\n")
+    (warning,) = trained(workspace, max_steps=1).warnings
+    assert "base can be trained, but not packaged as GGUF: its layers attend to a sliding window" in warning
+    assert trained(workspace, max_steps=1, ckpt_out=workspace / "unasked", package_check=False).warnings == []

@@ -1,36 +1,45 @@
-"""A checkpoint made into what others run: adapter, merged model, model card, checksums."""
+"""A checkpoint made into what others run: adapter, merged model, GGUF, Modelfile, model card, checksums."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from mtgdm import __version__, rows
+from pydantic import Field, PrivateAttr, field_validator
+
+from mtgdm import __version__, manifest, rows
 from mtgdm.checkpoints import chosen_checkpoint, newest_checkpoint, template_fingerprint
 from mtgdm.errors import SettingError, UserError
 from mtgdm.evaluation.training import Training
-from mtgdm.stage import Context, Input, Result, StageConfig, newest, stage
+from mtgdm.stage import Context, Flag, Input, Result, Runtime, StageConfig, stage
 
 if TYPE_CHECKING:
-    from mtgdm.export.merge import Merged
+    from mtgdm.export.build import Order
+    from mtgdm.export.ollama import OllamaServer
+    from mtgdm.export.trained import Trained
 
-_ADAPTER_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "training.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+Format = Literal["adapter", "merged", "gguf", "gguf-adapter"]
+Quant = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
+
+ALL: tuple[Format, ...] = ("adapter", "merged", "gguf")
+"""What is made where nobody says."""
+_BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")
+_OLLAMA_QUANTIZES = ("f16", "bf16", "f32")
 _REPORTS = "eval-report-*.json"
+_ROOM_TO_SPARE = 1.05
+_SHOWN_LETTERS = 300
 
 
 class PackageConfig(StageConfig):
     """Settings of `mtgdm package`."""
+
+    _workspace: Path = PrivateAttr(Path())
 
     model: Path | None = None
     """The checkpoint; by default the newest finished one."""
@@ -38,139 +47,387 @@ class PackageConfig(StageConfig):
     """Where checkpoints lie."""
     out: Path = Path("data/export")
     """The package goes into a folder of the student's name under this one."""
-    name: str = ""
-    """The student's name; by default made from the checkpoint and the domain."""
-    formats: tuple[Literal["adapter", "merged", "gguf"], ...] = ("adapter", "merged")
-    """What to make: adapter, merged."""
+    name: str = Field("", pattern=r"^[^/\\\s]*$")
+    """The student's name; by default made from the checkpoint."""
+    formats: tuple[Format, ...] | None = None
+    """What to make, of adapter, merged, gguf, gguf-adapter; by default the first three, less GGUF where the base does
+    not allow it."""
+    quantize: tuple[Quant, ...] = Field(("q8_0",), min_length=1)
+    """Types of the GGUF files: f32, f16, bf16, q8_0, and with the extra `llama` q4_k_m, q5_k_m, q6_k. The first one is
+    that of the Modelfile."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Numbers of the merged model; auto takes those the base is stored in."""
-    report_dir: Annotated[Path, Input(newest=_REPORTS, optional=True)] = Path("data/report")
-    """The newest eval report here goes into the model card."""
+    in_: Annotated[Path, Input(optional=True)] = Field(Path("data/teacher.jsonl"), alias="in")
+    """The answered rows: those of the split `val` prove that a GGUF answers as the trained model."""
+    report_dir: Path = Path("data/report")
+    """The newest eval report of this student here goes into the model card."""
+    license: str = ""
+    """The student's licence, as the Hub calls it; by default that of its base, where the base's card says it."""
+    datasets: tuple[str, ...] = ()
+    """Hub ids of data sets that belong to the student, for the model card."""
+    ollama_create: Annotated[str, Runtime()] = ""
+    """Make a model of this name in an Ollama server, and ask it a row of `val`."""
+    url: Annotated[str, Runtime(), Flag(also=("ollama_url",))] = "http://localhost:11434"
+    """Where that server listens."""
+    ollama_quantize: Annotated[Literal["q8_0", "q4_K_S", "q4_K_M"] | None, Runtime()] = None
+    """Let Ollama quantize what it is given, which is f16, bf16 or f32 then: needs no llama.cpp here."""
+    push: Annotated[str, Runtime()] = ""
+    """A repository of the Hugging Face Hub, OWNER/NAME: list what would be uploaded there."""
+    push_now: Annotated[bool, Runtime()] = False
+    """Upload it, with the token of HF_TOKEN or `hf auth login`."""
+    push_private: Annotated[bool, Runtime()] = True
+    """Whether a repository that the upload has to make can be seen by its owner alone."""
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _as_gguf_writes(cls, value: Any) -> Any:
+        """`Q4_K_M` is as good as `q4_k_m`."""
+        return (
+            [one.lower() if isinstance(one, str) else one for one in value]
+            if isinstance(value, list)
+            else value
+        )
+
+    def resolved(self, workspace: Path) -> Self:
+        """The same settings with every path absolute."""
+        absolute = super().resolved(workspace)
+        absolute._workspace = workspace
+        return absolute
 
     def inputs(self) -> list[Path]:
-        """The checkpoint and the report that the card quotes."""
-        checkpoint = self.model or newest_checkpoint(self.checkpoints)
-        return [checkpoint or self.checkpoints, *super().inputs()]
+        """The checkpoint, the rows, and the report that the card quotes."""
+        checkpoint = self.checkpoint
+        report = self.report
+        return [checkpoint or self.checkpoints, *super().inputs(), *([report] if report else [])]
 
     def outputs(self) -> list[Path]:
         """The student's folder."""
-        checkpoint = self.model or newest_checkpoint(self.checkpoints)
+        checkpoint = self.checkpoint
         return [self.out / self.student(checkpoint)] if checkpoint else [self.out / "*"]
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that is meant, where there is one."""
+        return self.model or newest_checkpoint(self.checkpoints)
+
+    @property
+    def report(self) -> Path | None:
+        """The newest eval report of this checkpoint as it is now."""
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            return None
+        found = (path for path in self.report_dir.glob(_REPORTS) if not rows.is_manifest(path))
+        name = manifest.relative(checkpoint, self._workspace)
+        return next((path for path in sorted(found, reverse=True) if _is_about(path, name, checkpoint)), None)
 
     def student(self, checkpoint: Path) -> str:
         """The student's name."""
         return self.name or checkpoint.name.removesuffix("-lora") + "-student"
 
+    def estimate(self) -> dict[str, Any]:
+        """Room on the disk by format, and whether llama.cpp is at hand."""
+        from mtgdm.student.installed import INSTALL, TRAINING, missing
+
+        checkpoint = self.checkpoint
+        if checkpoint is None or not (checkpoint / "adapter_config.json").is_file():
+            return {}
+        if lacking := missing(*TRAINING):
+            return {"not_counted": f"{' and '.join(lacking)} not installed: {INSTALL}"}
+        from mtgdm.student.noise import quiet
+
+        with quiet():
+            try:
+                return _expected(self, checkpoint)
+            except UserError as error:
+                return {"room_is_not_known": str(error)}
+
 
 @stage
 def run(config: PackageConfig, context: Context) -> Result:
-    """Package the checkpoint: adapter, merged model, model card, checksums."""
-    if "gguf" in config.formats:
-        raise SettingError("this version of mtgdm does not write GGUF yet", hint="--formats adapter,merged")
-    if not config.formats:
-        raise SettingError("`formats` names nothing to make", hint="--formats adapter,merged")
+    """Package the checkpoint: adapter, merged model, GGUF with its proof, Modelfile, model card, checksums."""
+    _check_settings(config)
     checkpoint = Path(chosen_checkpoint(str(config.model) if config.model else None, config.checkpoints))
-    training = _training(checkpoint)
-    _check_template(checkpoint)
-    target = config.out / config.student(checkpoint)
-    with rows.replace_folder(target) as folder, context.progress(len(config.formats), "formats") as bar:
-        merged = None
-        if "adapter" in config.formats:
-            _copy_adapter(checkpoint, folder / "adapter")
-            bar.advance()
-        if "merged" in config.formats:
-            bar.note("merging")
-            merged = _merge(checkpoint, str(training["base_model"]), config, context, folder / "merged")
-            bar.advance()
-        _write_card(config, context, training, merged, target.name, folder / "README.md")
-        _write_checksums(folder)
-    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    counts: dict[str, Any] = {"formats": list(config.formats), "bytes": size}
-    if merged:
-        counts["max_logit_difference"] = merged.max_logit_difference
-        counts["top1_agreement"] = merged.top1_agreement
-    return Result(
-        counts=counts,
-        summary=f"{target.name}: {', '.join(config.formats)}, {size / 1e6:,.1f} MB"
-        + (f" · merged = base + adapter within {merged.max_logit_difference:.0e}" if merged else ""),
-    )
-
-
-def _training(checkpoint: Path) -> dict[str, Any]:
-    if not (checkpoint / "adapter_config.json").is_file():
-        raise UserError("this is no finished checkpoint: adapter_config.json is missing", where=checkpoint)
-    path = checkpoint / "training.json"
-    if not path.is_file():
-        adapter = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-        return {"base_model": adapter["base_model_name_or_path"]}
-    training: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return training
-
-
-def _check_template(checkpoint: Path) -> None:
-    """UserError where the template beside the adapter is not the one of its training."""
-    training, path = Training.of(checkpoint), checkpoint / "chat_template.jinja"
-    if training is not None and path.is_file():
-        training.check_template(template_fingerprint(path.read_bytes().decode("utf-8")))
-
-
-def _copy_adapter(checkpoint: Path, folder: Path) -> None:
-    folder.mkdir()
-    for name in _ADAPTER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
-
-
-def _merge(
-    checkpoint: Path, base_model: str, config: PackageConfig, context: Context, folder: Path
-) -> Merged:
     from mtgdm.student.installed import TRAINING, require
 
     require(*TRAINING)
+    training = _training(checkpoint)
     from mtgdm.student.noise import quiet
 
-    with quiet():
-        from mtgdm.export.merge import merge
-        from mtgdm.student.base import check_folder, load_tokenizer, locate
+    with quiet(), ExitStack() as held:
+        from mtgdm.export import build, folder, trained
 
-        check_folder(str(checkpoint))
-        tokenizer = load_tokenizer(str(checkpoint), checkpoint.name)
-        base = locate(base_model, context.workspace)
-        merged = merge(checkpoint, base, base_model, tokenizer, config.dtype, folder)
-    context.log.info("merged: %s", merged)
-    return merged
+        student = trained.Trained.of(checkpoint, training, config.in_, context.workspace)
+        formats = _formats(config, context, student)
+        target = config.out / config.student(checkpoint)
+        server = _server(config, held)
+        _check_hub(config)
+        order = _order(config, context, student, formats, target.name)
+        about = folder.provenance(target, order.fingerprint)
+        if about is None:
+            _check_room(config, student, formats)
+            about = build.build(order, student, context, target)
+        else:
+            context.print(f"{manifest.relative(target, context.workspace)} is there already, and whole")
+        if server is not None:
+            _create_in_ollama(config, context, student, server, target)
+        if config.push:
+            _push(config, context, target)
+        return _result(about, target)
 
 
-def _write_card(
-    config: PackageConfig,
-    context: Context,
-    training: dict[str, Any],
-    merged: Merged | None,
-    student: str,
-    path: Path,
-) -> None:
-    from mtgdm.export.card import Card
+# --- checked before any work ---------------------------------------------------------------------
 
-    report = newest(config.report_dir, _REPORTS)
-    card = Card(
-        student=student,
-        domain=context.domain_name,
-        base_model=str(training["base_model"]),
-        training=training,
-        formats=config.formats,
-        merged=merged,
-        report=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
-        version=__version__,
+
+def _check_settings(config: PackageConfig) -> None:
+    if config.formats == ():
+        raise SettingError("`formats` names nothing to make", hint=f"--formats {','.join(ALL)}")
+    if config.ollama_create and config.formats is not None and "gguf" not in config.formats:
+        raise SettingError(
+            "Ollama is given a GGUF, and `formats` makes none", hint="--formats gguf, with --ollama-create"
+        )
+    if config.ollama_quantize and not config.ollama_create:
+        raise SettingError("--ollama-quantize says how, and not as what: name the model with --ollama-create")
+    if config.ollama_quantize and _for_ollama(config) is None:
+        raise SettingError(
+            f"Ollama quantizes f16, bf16 and f32, and none is among --quantize {','.join(config.quantize)}",
+            hint=f"--quantize f16 --ollama-quantize {config.ollama_quantize}",
+        )
+    if config.push_now and not config.push:
+        raise SettingError("--push-now does not say where to", hint="--push OWNER/NAME --push-now")
+
+
+def _for_ollama(config: PackageConfig) -> Quant | None:
+    """The type of the GGUF that Ollama is given."""
+    if config.ollama_quantize is None:
+        return config.quantize[0]
+    return next((quant for quant in config.quantize if quant in _OLLAMA_QUANTIZES), None)
+
+
+def _training(checkpoint: Path) -> dict[str, Any]:
+    """What the checkpoint knows of its training; UserError where its template is not the one of then."""
+    if not (checkpoint / "adapter_config.json").is_file():
+        raise UserError("this is no finished checkpoint: adapter_config.json is missing", where=checkpoint)
+    known = Training.of(checkpoint)
+    if known is None:
+        from mtgdm.student.base import base_of
+
+        return {"base_model": base_of(str(checkpoint))}
+    template = checkpoint / "chat_template.jinja"
+    if template.is_file():
+        known.check_template(template_fingerprint(template.read_bytes().decode("utf-8")))
+    training: dict[str, Any] = json.loads(known.path.read_text(encoding="utf-8"))
+    return training
+
+
+def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple[Format, ...]:
+    """What to make; a GGUF that the base does not allow is refused where it was asked for, else left out."""
+    from mtgdm.export import architectures, lora, lora_gguf, quantize
+
+    formats = config.formats or ALL
+    if formats == ("adapter",):
+        return formats
+    adapter = lora.read(student.checkpoint)  # refuses one that cannot be merged
+    if "gguf-adapter" in formats and (problem := lora_gguf.adapter_problem(adapter, student.config)):
+        raise UserError(
+            f"{problem}, which a GGUF adapter cannot hold",
+            where=student.checkpoint,
+            hint="--formats gguf holds the same student whole",
+        )
+    if not any(one.startswith("gguf") for one in formats):
+        return formats
+    problems = architectures.problems(student.config, student.checkpoint)
+    if problems and (config.formats or config.ollama_create):
+        raise UserError(
+            f"{student.base_model} cannot be written as GGUF: {problems[0]}", hint="--formats adapter,merged"
+        )
+    if problems:
+        context.warn(f"no GGUF: {problems[0]}")
+        return tuple(one for one in formats if not one.startswith("gguf"))
+    if "gguf" in formats and any(quant in _BY_LLAMA_CPP for quant in config.quantize):
+        quantize.require()
+    return formats
+
+
+def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> None:
+    """UserError where the disk is too small for the package and what is made on the way."""
+    folder = config.out
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needed = _ROOM_TO_SPARE * sum(_room(config, student, formats).values())
+    if needed > free:
+        raise UserError(
+            f"the package takes about {needed / 1e9:,.1f} GB while it is made, and {free / 1e9:,.1f} GB are free",
+            where=config.out,
+            hint="make room, write elsewhere with --out, or make less: --formats gguf, one --quantize",
+        )
+
+
+def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> dict[str, int]:
+    """Bytes by format; what is needed while a GGUF is made stands as `on_the_way`."""
+    from mtgdm.export import gguf
+
+    adapter = (student.checkpoint / "adapter_model.safetensors").stat().st_size
+    merged = student.merged_bytes(config.dtype)
+    sizes_of = {"adapter": adapter, "merged": merged, "gguf-adapter": adapter}
+    found: dict[str, int] = {name: size for name, size in sizes_of.items() if name in formats}
+    if "gguf" in formats:
+        sizes: dict[str, int] = {
+            quant: gguf.gguf_bytes(student.parameters, quant) for quant in config.quantize
+        }
+        most = max(gguf.room_needed(student.parameters, quant) - size for quant, size in sizes.items())
+        found["gguf"] = sum(sizes.values())
+        found["on_the_way"] = most + (0 if "merged" in formats else merged)
+    return found
+
+
+def _server(config: PackageConfig, held: ExitStack) -> OllamaServer | None:
+    """The Ollama server that is to get the student, if one is; it must be there before hours of work, not after."""
+    if not config.ollama_create:
+        return None
+    from mtgdm.export.ollama import OllamaServer
+
+    server = held.enter_context(OllamaServer(config.url))
+    server.check()
+    return server
+
+
+def _check_hub(config: PackageConfig) -> None:
+    if not config.push:
+        return
+    from mtgdm.export import hub
+
+    hub.check_name(config.push)
+    if config.push_now:
+        hub.check_access(config.push)
+
+
+# --- the work ------------------------------------------------------------------------------------
+
+
+def _order(
+    config: PackageConfig, context: Context, student: Trained, formats: tuple[Format, ...], name: str
+) -> Order:
+    from mtgdm.export import quantize
+    from mtgdm.export.build import Order
+
+    licence = {"license": config.license} if config.license else student.licence
+    order = Order(
+        student=name,
+        formats=formats,
+        quants=config.quantize,
+        dtype=config.dtype,
+        licence=licence,
+        datasets=config.datasets,
+        report=config.report,
     )
-    path.write_text(card.text(), encoding="utf-8", newline="\n")
+    inputs = [path for path in config.inputs() if path.exists()]
+    known = [made.output for path in inputs if (made := manifest.read(path))]
+    read = [manifest.state(path, context.workspace, known).sha256 for path in inputs]
+    shaping = {
+        **asdict(order),
+        "report": None,  # among what was read
+        "domain": context.domain_name,
+        "mtgdm": __version__,
+        "read": read,
+        "llama.cpp": quantize.is_installed(),  # which proves more
+    }
+    return replace(order, fingerprint=manifest.settings_digest(shaping))
 
 
-def _write_checksums(folder: Path) -> None:
-    lines = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                lines.append(
-                    f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(folder).as_posix()}\n"
-                )
-    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8", newline="\n")
+def _expected(config: PackageConfig, checkpoint: Path) -> dict[str, Any]:
+    """What `mtgdm plan` says: the room by format, on the way and in the end."""
+    from mtgdm.export import architectures, quantize, trained
+
+    student = trained.Trained.of(checkpoint, _training(checkpoint), Path(), config._workspace)
+    formats, problems = config.formats or ALL, architectures.problems(student.config, checkpoint)
+    if problems:
+        formats = tuple(one for one in formats if not one.startswith("gguf"))
+    room = _room(config, student, formats)
+    return {
+        "parameters": student.parameters,
+        "mib_of_disk": {name: max(1, round(size / 2**20)) for name, size in room.items()},
+        "gguf": f"not for this base: {problems[0]}" if problems else None,
+        "llama.cpp": "at hand"
+        if quantize.is_installed()
+        else f"not installed, so no k-quants: {quantize.INSTALL}",
+    }
+
+
+def _create_in_ollama(
+    config: PackageConfig, context: Context, student: Trained, server: OllamaServer, target: Path
+) -> None:
+    """Make the model in Ollama, ask it a row, and see that it read the prompt as the training would have."""
+    from mtgdm.export import folder
+
+    quant = _for_ollama(config)
+    path = target / f"{target.name}-{quant}.gguf"
+    licence = {"license": config.license} if config.license else student.licence
+    modelfile = student.modelfile(path.name, licence)
+    server.create(
+        config.ollama_create,
+        path,
+        folder.checksums(target)[path.name],
+        modelfile.request(),
+        context,
+        quantize=config.ollama_quantize,
+    )
+    asked = student.question
+    expected = len(student.chat.prompt(asked))
+    answer = server.ask(config.ollama_create, asked, max_tokens=max(1, modelfile.num_ctx - expected))
+    said = " ".join(answer.text.split())
+    context.print(f"{config.ollama_create} in Ollama was asked a first question and says:")
+    context.print(said if len(said) <= _SHOWN_LETTERS else f"{said[:_SHOWN_LETTERS]}…")
+    if answer.prompt_tokens not in (None, expected):
+        context.warn(
+            f"Ollama read {answer.prompt_tokens:,} tokens where the training had {expected:,}: it does not use the "
+            "template of the package; `ollama show --template` and OLLAMA_GO_TEMPLATE tell more"
+        )
+
+
+def _push(config: PackageConfig, context: Context, target: Path) -> None:
+    """List what would go to the Hub; with --push-now send it."""
+    from mtgdm.export import folder, hub
+
+    files = hub.listing(target)
+    context.terminal.table(["file", "#size"], [[name, folder.in_words(size)] for name, size in files])
+    total = f"{len(files):,} files, {folder.in_words(folder.size_of(target))}"
+    if not config.push_now:
+        context.print(f"{total} would go to {config.push}: --push-now uploads them")
+        return
+    message = f"{target.name}, packaged with mtgdm {__version__}"
+    address = hub.push(target, config.push, private=config.push_private, message=message)
+    context.print(f"{total} are at {address}")
+
+
+def _result(about: Mapping[str, Any], target: Path) -> Result:
+    from mtgdm.export import folder
+
+    size, merged = folder.size_of(target), about["merged"]
+    proved = [file for file in about["files"] if file["proof"]]
+    parts = [f"{target.name}: {', '.join(about['formats'])}, {folder.in_words(size)}"]
+    if merged and merged["max_logit_difference"] is not None:
+        parts.append(f"merged = base + adapter within {merged['max_logit_difference']:.0e}")
+    parts += [_proof_in_words(file["quant"], file["proof"]) for file in proved]
+    told = ("formats", "base_model", "base_revision", "files", "lineage")
+    counts = {key: about[key] for key in told} | {"bytes": size}
+    if merged:
+        counts |= {key: merged[key] for key in ("max_logit_difference", "top1_agreement")}
+    return Result(counts=counts, summary=" · ".join(parts))
+
+
+def _proof_in_words(quant: str, proof: Mapping[str, Any]) -> str:
+    if not proof["engine"]:
+        return f"{quant} unproved: {proof['reason']}"
+    return f"{quant}: mean KL {proof['mean_kl']:.0e}, same likeliest token at {proof['top1_agreement']:.1%}"
+
+
+def _is_about(report: Path, name: str, checkpoint: Path) -> bool:
+    """Whether an eval report is about this checkpoint, and not from before it was trained again."""
+    try:
+        value = json.loads(report.read_text(encoding="utf-8"))
+        model, created = str(value["model"]), datetime.fromisoformat(value["created"]).astimezone()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    made = manifest.read(checkpoint)
+    return f"{model} ".startswith(f"{name} ") and (made is None or created >= made.finished)

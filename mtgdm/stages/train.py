@@ -131,6 +131,8 @@ class TrainConfig(StageConfig):
     """Send the metrics to trackers that are installed too: tensorboard, wandb, mlflow, or others transformers knows."""
     overwrite: Annotated[bool, Runtime()] = False
     """Train anew where this very training is finished, or under way."""
+    package_check: Annotated[bool, Runtime()] = True
+    """Warn before the training where this base cannot be packaged as GGUF."""
     preview: Annotated[bool, Runtime()] = False
     """Show three rows token by token with the loss mask and the lengths, and train nothing."""
 
@@ -224,6 +226,7 @@ def _preview(config: TrainConfig, context: Context, split: Mapping[Split, Sequen
 def _train(
     config: TrainConfig, context: Context, split: Mapping[Split, Sequence[Row]], placement: Placement
 ) -> Result:
+    from mtgdm.export import architectures
     from mtgdm.student import adapter, base, distributed, memory, trainer, watch
 
     assert config.ckpt_out is not None
@@ -234,8 +237,12 @@ def _train(
     with distributed.first_alone():
         chat = _chat(config)
         lora = _lora(config)
-        shape = memory.shape_of(base.load_config(source, config.student_base), lora.config)
+        about = base.load_config(source, config.student_base)
+        shape = memory.shape_of(about, lora.config)
     _refuse_cpu(config, placement, shape)
+    if config.package_check and processes.is_first():
+        for problem in architectures.base_problems(about.to_dict(), chat.tokenizer):
+            context.warn(f"{config.student_base} can be trained, but not packaged as GGUF: {problem}")
     train_rows, val_rows = _examples(config, context, split, chat)
     _refuse_unknown_tokens(config, [*train_rows, *val_rows], shape)
     if not val_rows:
@@ -579,6 +586,7 @@ _ABOUT_THE_RUN = {
     "keep_checkpoints",
     "overwrite",
     "preview",
+    "package_check",
     "allow_cpu",
     "report_to",
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -246,6 +246,15 @@ def load_config(source: str, name: str) -> PretrainedConfig:
     with _readable_errors(source, name):
         config: PretrainedConfig = AutoConfig.from_pretrained(source)
     return config
+
+
+def folder_of(source: str, name: str) -> Path:
+    """The folder in which the files of a model lie; those of a Hub id are fetched where they are not at hand."""
+    check_folder(source)
+    if Path(source).is_dir():
+        return Path(source)
+    with _readable_errors(source, name):
+        return Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
 
 
 def _is_sharded() -> bool:

@@ -89,8 +89,12 @@ class Chat:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens after which the student writes its answer."""
+        return self.tokens(self.text(messages, ask=True))
+
+    def text(self, messages: Sequence[Message], *, ask: bool) -> str:
+        """A conversation as the template writes it; `ask` ends it where the next answer begins."""
         self._refuse_control_tokens(messages)
-        return self.tokens(self._render(messages, ask=True))
+        return self._render(messages, ask=ask)
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> Iterator[Encoded]:
         """Tokens and labels of conversations that end with an answer; raises ChatProblem."""

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from mtgdm.errors import UserError
 
 TRAINING = ("torch", "transformers", "peft", "accelerate", "safetensors")
+PACKAGING = (*TRAINING, "gguf")
 
 INSTALL = 'pip install "mtgdm[train]"'
 

@@ -18,6 +18,7 @@ class Tourism(Domain):
 
     name: ClassVar[str] = "tourism"
     types: ClassVar[tuple[str, ...]] = ("general", "itinerary", "bilingual")
+    languages: ClassVar[tuple[str, ...]] = ("zh", "en")
 
     def read(self, path: Path, on_bad: BadRecord) -> Iterator[Record]:
         """The spots of a file, one at a time."""

@@ -1,0 +1,217 @@
+"""A package made, whole or not at all: adapter, merged model, GGUF files with their proof, Modelfile, card, sums."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mtgdm import __version__, rows
+from mtgdm.errors import UserError
+from mtgdm.export import folder, gguf, lora_gguf, merge, parity
+from mtgdm.export.card import ADAPTER, Card, File, proof_cells
+from mtgdm.export.lineage import lineage
+from mtgdm.export.merge import Dtype, Merged
+from mtgdm.export.modelfile import Modelfile
+from mtgdm.export.parity import Proof
+from mtgdm.export.trained import Trained
+from mtgdm.rows import Row
+from mtgdm.stage import Context
+
+PROOF_ROWS = 6
+"""About so many rows a GGUF is compared on, as many of each prompt type."""
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_FILES = (
+    "adapter_model.safetensors",
+    "training.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to make."""
+
+    student: str
+    formats: tuple[str, ...]
+    quants: tuple[str, ...]
+    dtype: Dtype
+    licence: Mapping[str, str]
+    datasets: tuple[str, ...]
+    report: Path | None
+    fingerprint: str = ""
+    """One hash over all that the package is made from."""
+
+
+def build(order: Order, student: Trained, context: Context, target: Path) -> dict[str, Any]:
+    """Fill the folder `target`, which stays as it was where anything fails; returns its provenance."""
+    with rows.replace_folder(target) as made:
+        if "adapter" in order.formats:
+            _copy_adapter(student, made / "adapter")
+        merged, files = _weights(order, student, context, made)
+        whole = [file for file in files if file.quant in order.quants]
+        modelfile = student.modelfile(whole[0].name, order.licence) if whole else None
+        if modelfile is not None:
+            _write(made / "Modelfile", modelfile.text())
+        card = _card(order, student, context, merged, files, modelfile)
+        _write(made / "README.md", card.text())
+        about: dict[str, Any] = {
+            "student": order.student,
+            "fingerprint": order.fingerprint,
+            "mtgdm": __version__,
+            "base_model": student.base_model,
+            "base_revision": student.revision,
+            "formats": list(order.formats),
+            "merged": asdict(merged) if merged else None,
+            "files": [asdict(file) for file in files],
+            "lineage": card.lineage,
+        }
+        folder.write_provenance(made, about)
+        folder.write_checksums(made)
+    return about
+
+
+def _weights(
+    order: Order, student: Trained, context: Context, made: Path
+) -> tuple[Merged | None, list[File]]:
+    """The merged model and the GGUF files; what is only needed on the way is gone in the end."""
+    files = [_gguf_adapter(order, student, made)] if "gguf-adapter" in order.formats else []
+    if not {"merged", "gguf"} & set(order.formats):
+        return None, files
+    folder_ = made / "merged"
+    quants = order.quants if "gguf" in order.formats else ()
+    with context.progress(student.merged_bytes(order.dtype) * (1 + len(quants)), "bytes") as bar:
+        bar.note("merging")
+        merged = merge.merge(
+            student.checkpoint,
+            student.source,
+            student.base_model,
+            student.chat.tokenizer,
+            order.dtype,
+            folder_,
+            advance=bar.advance,
+        )
+        context.log.info("merged: %s", merged)
+        written = []
+        for quant in quants:
+            bar.note(f"writing {quant}")
+            path = made / f"{order.student}-{quant}.gguf"
+            written.append(
+                gguf.convert(
+                    folder_, path, quant, name=order.student, template=student.template, advance=bar.advance
+                )
+            )
+    proofs = _proved([one.path for one in written], quants, merged, student, context, folder_)
+    files[:0] = [
+        File(one.path.name, quant, one.bytes, proof.as_dict())
+        for one, quant, proof in zip(written, quants, proofs, strict=True)
+    ]
+    if "merged" in order.formats:
+        return merged, files
+    shutil.rmtree(folder_)
+    return None, files
+
+
+def _gguf_adapter(order: Order, student: Trained, made: Path) -> File:
+    path = made / f"{order.student}-adapter.gguf"
+    written = lora_gguf.convert_adapter(student.checkpoint, student.config, path, name=order.student)
+    return File(path.name, ADAPTER, written.bytes)
+
+
+def _proved(
+    paths: Sequence[Path],
+    quants: Sequence[str],
+    merged: Merged,
+    student: Trained,
+    context: Context,
+    folder_: Path,
+) -> list[Proof]:
+    """How each GGUF compares with the trained model; UserError, and no package, where one is another model."""
+    if not paths:
+        return []
+    chosen = proof_rows(student.rows)
+    with context.progress(len(chosen) * len(paths), "rows") as bar:
+        bar.note("comparing with the trained model")
+        proofs = parity.prove_all(
+            paths,
+            student.checkpoint,
+            chosen,
+            name=student.base_model,
+            workspace=context.workspace,
+            merged=folder_,
+            advance=bar.advance,
+        )
+    context.terminal.table(
+        ["file", "compared by", "#tokens equal", "#mean KL", "#top-1", "#greedy equal"],
+        [[path.name, *proof_cells(proof.as_dict())] for path, proof in zip(paths, proofs, strict=True)],
+    )
+    for path, proof in zip(paths, proofs, strict=True):
+        context.log.info("%s: %s", path.name, proof)
+        if proof.engine is None:
+            context.warn(f"{path.name} is unproved: {proof.reason}")
+    for path, quant, proof in zip(paths, quants, proofs, strict=True):
+        if failures := proof.failures(quant, merged.dtype):
+            raise UserError(
+                f"{path.name} does not answer as the trained model: {'; '.join(failures)}",
+                hint="no package was made, an earlier one is as it was; another type: --quantize f16",
+            )
+    return proofs
+
+
+def proof_rows(answered: Sequence[Row]) -> list[Row]:
+    """The rows that a GGUF is proved on: the first of each prompt type."""
+    by_type: dict[str | None, list[Row]] = {}
+    for row in answered:
+        by_type.setdefault(row.type, []).append(row)
+    share = -(-PROOF_ROWS // max(1, len(by_type)))
+    return [row for group in by_type.values() for row in group[:share]]
+
+
+def _copy_adapter(student: Trained, folder_: Path) -> None:
+    folder_.mkdir()
+    for name in _ADAPTER_FILES:
+        if (student.checkpoint / name).is_file():
+            shutil.copyfile(student.checkpoint / name, folder_ / name)
+    adapter = json.loads((student.checkpoint / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if student.revision is not None and adapter.get("revision") is None:
+        adapter["revision"] = student.revision  # of the base: another one would be another model
+    _write(folder_ / _ADAPTER_CONFIG, json.dumps(adapter, ensure_ascii=False, indent=2) + "\n")
+
+
+def _card(
+    order: Order,
+    student: Trained,
+    context: Context,
+    merged: Merged | None,
+    files: Sequence[File],
+    modelfile: Modelfile | None,
+) -> Card:
+    return Card(
+        student=order.student,
+        domain=context.domain_name,
+        languages=context.domain.languages,
+        base_model=student.base_model,
+        base_revision=student.revision,
+        licence=order.licence,
+        datasets=order.datasets,
+        training=student.training,
+        formats=order.formats,
+        merged=merged,
+        files=files,
+        modelfile=modelfile,
+        report=json.loads(order.report.read_text(encoding="utf-8")) if order.report else None,
+        lineage=lineage(student.checkpoint, context.workspace),
+        normalises=student.normalises,
+        version=__version__,
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,289 @@
+"""A merged model written as one GGUF file, tensor by tensor: keys, tokenizer, chat template and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, LlamaFileType
+
+from mtgdm.errors import UserError
+from mtgdm.export import architectures, quantize, vocabulary
+from mtgdm.export.architectures import Family
+from mtgdm.export.weights import Weights
+
+Quant = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
+QUANTS: tuple[Quant, ...] = get_args(Quant)
+
+Array = np.ndarray[Any, Any]
+
+_WRITTEN_HERE = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+_SOURCE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+"""The type that holds a stored dtype without loss, which the k-quants are made from."""
+_LEFT_OUT = ("rotary_emb.inv_freq",)
+"""Buffers in old files, which the configuration tells as well."""
+_CHUNK_NUMBERS = 2**22
+"""So many numbers are encoded at once: 16 MiB in float32, which several threads hold side by side."""
+_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.8, "q4_k_m": 5.0}
+"""Bits a weight as llama.cpp's mixes come out (embeddings wider than the rest), for estimates."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A GGUF file."""
+
+    path: Path
+    bytes: int
+    file_type: str
+    tensors: int
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A tensor of the file: where it comes from (None: computed), its name, shape and type in GGUF."""
+
+    source: str | None
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+
+    @property
+    def bytes(self) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return prod(self.shape) // int(block) * int(size)
+
+
+def ignore(_: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def convert(
+    merged: Path,
+    out: Path,
+    quant: str,
+    *,
+    name: str,
+    template: str,
+    advance: Callable[[int], None] = ignore,
+) -> Written:
+    """Write the merged model of a folder to `out`; `advance` gets the bytes of the stored tensors it has done.
+
+    `template` is the chat template of the training. Raises UserError, before any work, for a model that GGUF
+    cannot hold as it is, and for a k-quant without llama-cpp-python.
+    """
+    config = _config(merged)
+    if found := architectures.problems(config, merged):
+        raise UserError(f"this model cannot be written as GGUF: {found[0]}", where=merged)
+    if quant not in _WRITTEN_HERE:
+        quantize.require()
+    beside = out.with_name(f".{out.name}.tmp")
+    try:
+        if quant in _WRITTEN_HERE:
+            tensors = _write(merged, config, beside, quant, name, template, advance)
+        else:
+            source = out.with_name(f".{out.name}.source.tmp")
+            try:
+                tensors = _write(merged, config, source, _lossless(merged), name, template, advance)
+                quantize.quantize(source, beside, quant)
+            finally:
+                source.unlink(missing_ok=True)
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return Written(out, out.stat().st_size, quant, tensors)
+
+
+def gguf_bytes(parameters: int, quant: str) -> int:
+    """About how large a file of so many weights will be."""
+    return int(parameters * _BITS[quant] / 8)
+
+
+def room_needed(parameters: int, quant: str) -> int:
+    """About how many bytes of disk `convert` takes at its most; a k-quant is made from a file of 16 bits."""
+    return gguf_bytes(parameters, quant) + (0 if quant in _WRITTEN_HERE else gguf_bytes(parameters, "bf16"))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"this file cannot be read: {error}", where=path) from error
+    return config
+
+
+def _lossless(merged: Path) -> str:
+    kinds = {one.dtype for one in Weights(merged).stored.values() if len(one.shape) > 1}
+    return _SOURCE[kinds.pop()] if len(kinds) == 1 and kinds <= _SOURCE.keys() else "f32"
+
+
+def _write(
+    merged: Path,
+    config: Mapping[str, Any],
+    out: Path,
+    quant: str,
+    name: str,
+    template: str,
+    advance: Callable[[int], None],
+) -> int:
+    """Write one file in the types that are encoded here; how many tensors it holds."""
+    weights, found = Weights(merged), architectures.family(config)
+    tensor_type, file_type = _WRITTEN_HERE[quant]
+    plan = list(_plan(weights, found, config, tensor_type))
+    writer = gguf.GGUFWriter(out, found.architecture)
+    try:
+        _add_general(writer, name, file_type)
+        architectures.add_keys(writer, config)
+        _add_tokenizer(writer, merged, config, template)
+        for one in plan:
+            writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), one.bytes, raw_dtype=one.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for one in plan:
+                writer.write_tensor_data(_encoded(one, weights, found, config, threads))
+                if one.source is not None:
+                    advance(weights.stored[one.source].numbers * _item_bytes(weights, one.source))
+        writer.flush()
+        os.fsync(writer.fout[0].fileno())
+    finally:
+        writer.close()
+    return len(plan)
+
+
+def _item_bytes(weights: Weights, name: str) -> int:
+    return 4 if weights.stored[name].dtype == "F32" else 2
+
+
+def _plan(
+    weights: Weights, found: Family, config: Mapping[str, Any], wanted: GGMLQuantizationType
+) -> Iterator[_Planned]:
+    names = name_map(found, config)
+    factors = architectures.rope_factors(config)
+    if factors is not None:
+        yield _Planned(None, "rope_freqs.weight", factors.shape, GGMLQuantizationType.F32)
+    for name, stored in weights.stored.items():
+        if name.endswith(_LEFT_OUT) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
+            continue
+        named = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if named is None:
+            raise UserError(
+                f"the tensor {name} has no place in a GGUF of {found.known_as}", where=weights.folder
+            )
+        yield _Planned(name, named, stored.shape, _type_of(stored.shape, wanted))
+
+
+def name_map(found: Family, config: Mapping[str, Any]) -> gguf.TensorNameMap:
+    """From the names of transformers to those of GGUF."""
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == found.architecture)
+    return gguf.get_tensor_name_map(architecture, int(config["num_hidden_layers"]))
+
+
+def _type_of(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Vectors stay in float32; rows that are no whole number of blocks are kept in 16 bits."""
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    block, _ = gguf.GGML_QUANT_SIZES[wanted]
+    return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16
+
+
+def _add_general(writer: gguf.GGUFWriter, name: str, file_type: LlamaFileType) -> None:
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, merged: Path, config: Mapping[str, Any], template: str) -> None:
+    about = vocabulary.read(merged, int(config["vocab_size"]))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(about.pre)
+    writer.add_token_list(about.tokens)
+    writer.add_token_types(about.types)
+    writer.add_token_merges(about.merges)
+    writer.add_add_bos_token(about.adds_bos)
+    writer.add_add_eos_token(False)
+    adders = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "pad": writer.add_pad_token_id}
+    for role, add in adders.items():
+        if role in about.ids:
+            add(about.ids[role])
+    if (end := _end_of_turn(merged, template)) != about.ids.get("eos"):
+        writer.add_eot_token_id(end)
+    writer.add_chat_template(template)
+
+
+def _end_of_turn(merged: Path, template: str) -> int:
+    """The token by which the student learned to end an answer: a server stops there, whatever it is called."""
+    from mtgdm.student.base import load_tokenizer
+    from mtgdm.student.chat import Chat
+
+    tokenizer = load_tokenizer(str(merged), merged.name)
+    tokenizer.chat_template = template
+    return Chat(tokenizer, merged.name).end_of_turn
+
+
+# --- encoding ------------------------------------------------------------------------------------
+
+
+def _encoded(
+    planned: _Planned,
+    weights: Weights,
+    found: Family,
+    config: Mapping[str, Any],
+    threads: ThreadPoolExecutor,
+) -> Array:
+    """The bytes of a tensor in its GGUF type."""
+    if planned.source is None:
+        factors = architectures.rope_factors(config)
+        assert factors is not None
+        return factors
+    tensor = weights.tensor(planned.source)
+    if architectures.interleaved(found, planned.source):
+        tensor = architectures.interleave(tensor, architectures.head_size(config))
+    if len(planned.shape) == 1:
+        return encode(tensor.reshape(1, -1), planned.type, planned.name).reshape(-1)
+    rows = max(1, _CHUNK_NUMBERS // planned.shape[-1])
+    parts: Sequence[torch.Tensor] = torch.split(tensor, rows)
+    out: Array = np.empty((planned.shape[0], planned.bytes // planned.shape[0]), np.uint8)
+    places = range(0, planned.shape[0], rows)
+
+    def fill(part: torch.Tensor, place: int) -> None:
+        out[place : place + len(part)] = encode(part, planned.type, planned.name)
+
+    # numpy and torch let the other threads run while they compute.
+    list(threads.map(fill, parts, places))
+    return out
+
+
+def encode(rows: torch.Tensor, wanted: GGMLQuantizationType, name: str = "") -> Array:
+    """Rows of weights as bytes of a GGUF type, (rows, bytes of a row); UserError for what is no number in it."""
+    if wanted == GGMLQuantizationType.F16:
+        cast = rows.half()
+    elif wanted == GGMLQuantizationType.BF16:
+        cast = rows.bfloat16()
+    else:
+        cast = rows.float()
+    if not torch.isfinite(cast).all():
+        reason = "is infinite or no number" if not torch.isfinite(rows).all() else "is too large for float16"
+        raise UserError(
+            f"a weight of {name} {reason}", hint=None if "no number" in reason else "--quantize bf16"
+        )
+    if wanted == GGMLQuantizationType.Q8_0:
+        blocks: Array = gguf.quantize(cast.numpy(), wanted)
+        return blocks
+    return cast.contiguous().view(torch.uint8).numpy()

@@ -1,0 +1,167 @@
+"""What an adapter adds to each tensor of its base, by the arithmetic of PEFT; what is not known is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mtgdm.errors import UserError
+
+_PREFIX = "base_model.model."
+_PART = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
+)
+_INNOCENT: tuple[Any, ...] = (None, False, [], {}, "", "none")
+_REFUSED = {
+    "fan_in_fan_out": "layers that hold their weights transposed (Conv1D)",
+    "lora_bias": "biases inside LoRA",
+    "layer_replication": "replicated layers",
+    "megatron_config": "Megatron layers",
+    "trainable_token_indices": "trained tokens apart from the embeddings",
+    "target_parameters": "LoRA on bare parameters",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "arrow_config": "Arrow",
+    "use_bdlora": "block-diagonal LoRA",
+    "ensure_weight_tying": "tied adapters of embeddings and output",
+}
+"""Settings of PEFT under which the sum W + s·BA is not the whole truth."""
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""How A and B may begin; PiSSA, OLoRA, CorDA, LoftQ and their like change the base as well."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two factors of a layer, in float32: A (rank, in) and B (out, rank), and DoRA's magnitudes (out)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """How many numbers lie between the factors."""
+        return self.a.shape[0]
+
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """W + s·BA, with DoRA each row brought to its trained length."""
+        total = torch.addmm(weight, self.b, self.a, alpha=self.scale)
+        if self.magnitude is not None:
+            total *= (self.magnitude / torch.linalg.norm(total, dim=1)).unsqueeze(1)
+        return total
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A finished adapter: pairs by the tensor they change, and tensors that were trained as a whole."""
+
+    config: Mapping[str, Any]
+    pairs: Mapping[str, Pair]
+    replaced: Mapping[str, torch.Tensor]
+
+    def tensor(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A tensor of the base as it was trained to be, in float32."""
+        weight = self.replaced.get(name, weight).float()
+        return self.pairs[name].added_to(weight) if name in self.pairs else weight
+
+    def changes(self, name: str) -> bool:
+        """Whether a tensor is another than in the base."""
+        return name in self.pairs or name in self.replaced
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], base: str, where: Path) -> None:
+        """UserError where a tensor of the adapter has no counterpart of its shape in the base."""
+        for name, pair in self.pairs.items():
+            _check_shape(name, (pair.b.shape[0], pair.a.shape[1]), shapes, base, where)
+        for name, tensor in self.replaced.items():
+            _check_shape(name, tuple(tensor.shape), shapes, base, where)
+
+
+def _check_shape(
+    name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], base: str, where: Path
+) -> None:
+    if shapes.get(name) != shape:
+        found = f"has the shape {shapes[name]} there" if name in shapes else "is not there"
+        raise UserError(
+            f"the adapter does not fit its base {base}: {name}, for which it holds {shape}, {found}",
+            where=where,
+            hint="was it trained on another model? `base_model` in training.json names it",
+        )
+
+
+def read(folder: Path) -> Lora:
+    """The adapter of a folder; UserError where it is of a kind whose sum is not known here."""
+    path = folder / "adapter_config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if problems := config_problems(config):
+        raise UserError(
+            f"an adapter with {' and '.join(problems)} cannot be merged piece by piece",
+            where=path,
+            hint="merge it with PEFT's merge_and_unload()",
+        )
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter cannot be read: {error}", where=folder / "adapter_model.safetensors"
+        ) from error
+    return _sorted(config, tensors, path)
+
+
+def config_problems(config: Mapping[str, Any]) -> list[str]:
+    """What an adapter's configuration asks for that the merge does not do."""
+    problems = [what for key, what in _REFUSED.items() if config.get(key) not in _INNOCENT]
+    if config.get("peft_type") != "LORA":
+        problems.append(f"the method {config.get('peft_type')}")
+    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        problems.append(f"the start {config['init_lora_weights']!r}, which changes the base too")
+    return problems
+
+
+def _sorted(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: Path) -> Lora:
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    replaced: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        if part := _PART.fullmatch(name):
+            # The factors of an embedding stand the other way round: A is (rank, tokens), B is (width, rank).
+            kind = "magnitude" if part["magnitude"] else f"{part['embedding'] or ''}{part['half']}"
+            halves.setdefault(part["module"], {})[kind] = tensor.float()
+        elif "lora_" in name or "token_adapter" in name:
+            raise UserError(f"the adapter holds a tensor of an unknown kind: {key}", where=where)
+        else:
+            replaced[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+    pairs = {f"{module}.weight": _pair(module, found, config, where) for module, found in halves.items()}
+    return Lora(config, pairs, replaced)
+
+
+def _pair(module: str, found: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: Path) -> Pair:
+    if found.keys() == {"embedding_A", "embedding_B"}:
+        a, b = found["embedding_B"].T, found["embedding_A"].T
+        rank = a.shape[0]
+    elif found.keys() - {"magnitude"} == {"A", "B"}:
+        a, b = found["A"], found["B"]
+        rank = a.shape[0]
+    else:
+        raise UserError(f"the adapter of {module} is not whole or of an unknown kind", where=where)
+    alpha = _pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    scale = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+    return Pair(a.contiguous(), b.contiguous(), scale, found.get("magnitude"))
+
+
+def _pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """The first pattern that the end of a module's name matches, as PEFT looks it up."""
+    fitting: Iterable[float] = (
+        value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)
+    )
+    return next(iter(fitting), default)

@@ -1,0 +1,180 @@
+"""The merge: every kind of adapter it takes answers like base and adapter, and the others are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtgdm.errors import UserError
+from mtgdm.export import merge as merging
+from mtgdm.export.merge import Merged, merge, merged_bytes
+from mtgdm.export.weights import Weights
+from mtgdm.student.noise import quiet
+from tests.families import make_checkpoint, make_family
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("qwen2-untied", {}),
+    "rslora": ("qwen2-tied", {"use_rslora": True}),
+    "dora": ("qwen3", {"use_dora": True}),
+    "patterns": (
+        "llama3",
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6}, "alpha_pattern": {"down_proj": 3}},
+    ),
+    "output of its own": ("qwen2-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "output": ("qwen2-untied", {"target_modules": ["v_proj", "lm_head"]}),
+    "tied embeddings": ("qwen2-tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "embeddings": ("llama3", {"target_modules": ["o_proj", "embed_tokens"]}),
+    "biases": ("qwen2-tied", {"target_modules": ["q_proj", "k_proj"], "bias": "all"}),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in ("qwen2-tied", "qwen2-untied", "qwen3", "llama3"):
+        make_family(folder / kind, kind)
+    return folder
+
+
+def merged_into(out: Path, base: Path, checkpoint: Path, **options: Any) -> Merged:
+    from mtgdm.student.base import load_tokenizer
+
+    with quiet():
+        tokenizer = load_tokenizer(str(checkpoint), "checkpoint")
+        given = {"dtype": "float32", **options}
+        return merge(checkpoint, str(base), base.name, tokenizer, out=out, **given)
+
+
+def logits(base: Path, adapter: Path | None = None) -> Any:
+    with quiet():
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if adapter:
+            model = PeftModel.from_pretrained(model, str(adapter))
+        with torch.inference_mode():
+            return model.eval()(input_ids=torch.arange(1, 200, 3).unsqueeze(0)).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_merged_model_answers_like_base_and_adapter(kind: str, bases: Path, tmp_path: Path) -> None:
+    family, options = KINDS[kind]
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / family, **options)
+    merged = merged_into(tmp_path / "merged", bases / family, checkpoint)
+    trained = logits(bases / family, checkpoint)
+    assert (trained - logits(tmp_path / "merged")).abs().max() < 1e-4
+    assert (trained - logits(bases / family)).abs().max() > 1e-2, "the adapter changes something"
+    assert merged.max_logit_difference is not None
+    assert merged.max_logit_difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"lora_bias": True}, "biases inside LoRA"),
+        ({"init_lora_weights": "pissa"}, "changes the base too"),
+        ({"peft_type": "LOHA"}, "the method LOHA"),
+        ({"fan_in_fan_out": True}, "Conv1D"),
+    ],
+)
+def test_an_adapter_that_is_more_than_a_sum_is_refused(
+    changed: dict[str, Any], reason: str, bases: Path, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen3")
+    path = checkpoint / "adapter_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | changed), encoding="utf-8", newline="\n"
+    )
+    with pytest.raises(UserError, match=reason):
+        merged_into(tmp_path / "merged", bases / "qwen3", checkpoint)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(bases: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen2-tied")
+    with pytest.raises(UserError, match=r"does not fit its base qwen3: .* has the shape"):
+        merged_into(tmp_path / "merged", bases / "qwen3", checkpoint)
+
+
+def test_a_base_in_shards_becomes_shards_that_transformers_reads(bases: Path, tmp_path: Path) -> None:
+    with quiet():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(bases / "llama3")
+        model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "llama3")
+    written: list[int] = []
+    merged = merged_into(
+        tmp_path / "merged", tmp_path / "base", checkpoint, shard_bytes=100_000, advance=written.append
+    )
+    shards = sorted((tmp_path / "merged").glob("*.safetensors"))
+    assert len(shards) > 3
+    assert all(shard.stat().st_size < 120_000 for shard in shards)
+    assert sum(written) == 4 * merged.parameters == merged_bytes(str(tmp_path / "base"), "float32")
+    assert (logits(bases / "llama3", checkpoint) - logits(tmp_path / "merged")).abs().max() < 1e-4
+
+
+def test_the_merge_is_cast_once_from_float32(bases: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen2-tied")
+    merged_into(tmp_path / "exact", bases / "qwen2-tied", checkpoint)
+    merged = merged_into(tmp_path / "narrow", bases / "qwen2-tied", checkpoint, dtype="bfloat16")
+    exact, narrow = Weights(tmp_path / "exact"), Weights(tmp_path / "narrow")
+    assert exact.stored.keys() == narrow.stored.keys()
+    assert all((exact.tensor(name).bfloat16() == narrow.tensor(name)).all() for name in exact.stored)
+    assert merged.dtype == "bfloat16"
+    assert json.loads((tmp_path / "narrow/config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused(bases: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen3", lora_alpha=10_000_000)
+    with pytest.raises(UserError, match="too large for float16"):
+        merged_into(tmp_path / "merged", bases / "qwen3", checkpoint, dtype="float16")
+
+
+def test_where_memory_is_short_the_logits_are_not_compared_and_the_result_says_so(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen2-untied")
+    monkeypatch.setattr(merging, "MEMORY_SHARE", 0.0)
+    merged = merged_into(tmp_path / "merged", bases / "qwen2-untied", checkpoint)
+    assert merged.max_logit_difference is None
+    assert "GiB of memory" in (merged.unproved or "")
+    assert (logits(bases / "qwen2-untied", checkpoint) - logits(tmp_path / "merged")).abs().max() < 1e-4
+
+
+def test_the_merged_model_ends_an_answer_where_the_student_learned_to(bases: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen2-tied")
+    merged_into(tmp_path / "merged", bases / "qwen2-tied", checkpoint)
+    with quiet():
+        from transformers import AutoTokenizer
+
+        end = AutoTokenizer.from_pretrained(checkpoint).convert_tokens_to_ids("<|im_end|>")
+    found = json.loads((tmp_path / "merged/generation_config.json").read_text(encoding="utf-8"))
+    assert end in found["eos_token_id"]
+
+
+def test_a_rotation_that_is_scaled_stands_where_ollama_reads_it(bases: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "llama3")
+    merged_into(tmp_path / "merged", bases / "llama3", checkpoint)
+    config = json.loads((tmp_path / "merged/config.json").read_text(encoding="utf-8"))
+    assert config["rope_theta"] == 5e5
+    assert config["rope_scaling"]["factor"] == 8.0
+
+
+def test_a_cut_weights_file_is_one_line(bases: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen3")
+    base = make_family(tmp_path / "base", "qwen3")
+    data = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(data[:-100])
+    with pytest.raises(UserError, match="cannot be read"):
+        merged_into(tmp_path / "merged", base, checkpoint)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="file of the model is missing"):
+        merged_into(tmp_path / "merged", base, checkpoint)
