@@ -157,6 +157,12 @@ def test_a_gguf_that_answers_otherwise_is_refused_and_the_old_package_stays(
     assert [path.name for path in student(workspace).parent.iterdir() if path.is_dir()] == ["base-student"]
 
 
+def test_a_base_with_other_weights_than_in_training_is_refused(workspace: Path) -> None:
+    make_base(workspace / "base", seed=7)
+    with pytest.raises(UserError, match="other weights than the one that the student was trained on"):
+        packaged(workspace)
+
+
 def test_a_package_that_is_there_and_whole_is_not_made_again(workspace: Path) -> None:
     packaged(workspace)
     gguf = student(workspace) / "base-student-q8_0.gguf"

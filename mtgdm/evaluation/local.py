@@ -49,7 +49,8 @@ class Weights:
         self.base_model = base_model
         self.base_source = None if base_model is None else self._base(base_model, workspace)
         if self.training is not None and self.is_adapter and not named_by_hand:
-            self.training.check_base_state(self.base_states)
+            other = "; --base-model FOLDER takes another all the same"
+            self.training.check_base_state(self.base_states, otherwise=other)
 
     def _base(self, base_model: str, workspace: Path) -> str:
         from mtgdm.student import base

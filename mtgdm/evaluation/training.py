@@ -79,17 +79,18 @@ class Training:
                 hint="files of two checkpoints lie in one folder: copy the checkpoint anew",
             )
 
-    def check_base_state(self, state: Mapping[str, str]) -> None:
+    def check_base_state(self, state: Mapping[str, str], *, otherwise: str = "") -> None:
         """UserError where a base's folder holds other weights than the base of the training did.
 
         Its config may have been rewritten; one side from the Hub and the other from a folder are not compared.
+        `otherwise` is another way out, for the hint.
         """
         had, has = _weights(self.base_state), _weights(state)
         if had and has and had != has:
             raise UserError(
                 f"the base {self.base_model} holds other weights than the one that the student was trained on",
                 where=self.path.parent,
-                hint="put the base of the training back; --base-model FOLDER takes another all the same",
+                hint=f"put the base of the training back{otherwise}",
             )
 
 
