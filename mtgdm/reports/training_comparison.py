@@ -8,8 +8,10 @@ from typing import Any
 
 from mtgdm.charts.lines import Points, thinned, trend
 from mtgdm.charts.style import (
+    BOTTOM,
     PAPER,
     SERIES,
+    TOP,
     Figure,
     escape,
     figure,
@@ -23,6 +25,7 @@ from mtgdm.reports.training_run import TrainingRun
 
 FACTS = ("base_model", "train_rows", "val_rows", "trained_tokens", "device", "processes", "layout")
 """What a run says of itself beside its settings and what may differ as they do."""
+LEGEND_LINE = 22
 _DASHES = ("solid", "dash", "dot")
 
 
@@ -64,24 +67,28 @@ def comparison_figure(runs: Sequence[TrainingRun]) -> Figure:
     """Eval and train loss of all runs over the epochs, or over the steps where one of them names no epochs."""
     by_epoch = all(_epochs_a_step(run) for run in runs)
     names = run_names(runs)
-    rows = math.ceil(sum(len(name) + 8 for name in names) / 110)
-    top = 128 + 22 * (rows - 1)
     unit = "epochs" if by_epoch else "optimizer steps"
-    chart = figure("Training runs", f"{len(runs)} runs over their {unit}", 820 + top - 128, top=top)
+    # The legend takes a line for every hundred characters, above the name of the first panel.
+    extra = LEGEND_LINE * math.ceil(sum(len(name) + 8 for name in names) / 100)
+    chart = figure("Training runs", f"{len(runs)} runs over their {unit}", 780 + extra, top=TOP + extra)
     domains = stacked([1.25, 1], 0.13)
+    end = max(run.last_step * (_epochs_a_step(run) if by_epoch else 1.0) for run in runs)
     losses = [run.eval_losses for run in runs], [run.train["loss"] for run in runs]
     for number, (what, some, domain) in enumerate(
         zip(("Eval", "Train"), losses, domains, strict=True), start=1
     ):
         title, y_axis = loss_axis(some)
-        x_axis = {"showticklabels": number == 2} | ({"matches": "x"} if number == 2 else {})
+        x_axis = {"range": [0, end], "showticklabels": number == 2} | (
+            {"matches": "x"} if number == 2 else {}
+        )
         panel(chart, number, f"{what} {title.lower()}", y=domain, x_axis=x_axis, y_axis=y_axis)
     for place, (name, run) in enumerate(zip(names, runs, strict=True)):
         _draw(chart, run, name, place, by_epoch=by_epoch)
     if not any(run.evaluations() for run in runs):
         nothing_here(chart, 1, "nothing was evaluated")
     chart["layout"]["xaxis2"]["title"]["text"] = "epoch" if by_epoch else "optimizer step"
-    chart["layout"]["legend"] |= {"x": 0, "xanchor": "left", "traceorder": "normal"}
+    inside = chart["layout"]["height"] - TOP - extra - BOTTOM
+    chart["layout"]["legend"] |= {"x": 0, "xanchor": "left", "y": 1 + 30 / inside}
     return chart
 
 

@@ -34,6 +34,8 @@ from mtgdm.reports.training_health import ends
 from mtgdm.reports.training_run import TrainingRun, known
 from mtgdm.reports.values import counted
 
+APART = 60
+"""Markers of more evaluations than this would touch: they are a line."""
 WIDE = 20
 """Losses of which the largest is this many times the smallest are drawn on a logarithmic axis."""
 LOG_TICKS = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
@@ -82,7 +84,7 @@ def loss_figure(run: TrainingRun) -> Figure:
         panel(chart, 2, "Eval loss minus train loss", y=domains[1], x_axis=x_axis | {"matches": "x"})
         chart["data"].append(
             _line(gaps, "eval − train", ORANGE, 2, number=2, fill="tozeroy", fillcolor=faded(ORANGE, 0.1))
-            | {"mode": "lines+markers", "showlegend": False, "marker": {"size": 6}}
+            | {"showlegend": False}
         )
         line_shape(chart, number=2, color=SOFT_INK, y=0, dash="dot")
     _name_steps(chart, 2 if gaps else 1)
@@ -172,13 +174,15 @@ def _mark_best(chart: Figure, run: TrainingRun) -> None:
 
 
 def _evaluations(evaluations: list[tuple[float, float]]) -> dict[str, Any]:
+    apart = len(evaluations) <= APART
+    x, y = thinned([step for step, _ in evaluations], [loss for _, loss in evaluations])
     return {
         "type": "scatter",
-        "mode": "lines+markers",
-        "x": [step for step, _ in evaluations],
-        "y": [loss for _, loss in evaluations],
+        "mode": "lines+markers" if apart else "lines",
+        "x": x,
+        "y": y,
         "name": "eval loss",
-        "line": {"color": ORANGE, "width": 1.75, "dash": "dot"},
+        "line": {"color": ORANGE, "width": 1.75, "dash": "dot" if apart else "solid"},
         "marker": {"size": 8, "color": ORANGE, "line": {"color": PAPER, "width": 1.25}},
         "hovertemplate": "eval %{y:.4f}<br>step %{x:,}<extra></extra>",
         "cliponaxis": False,

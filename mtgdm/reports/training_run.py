@@ -97,7 +97,9 @@ class TrainingRun:
         """Take what was logged at one step; a point without a step says nothing."""
         if math.isfinite(number(point.get("step"))):
             for name, column in self.train.items():
-                column.append(number(point.get(name)))
+                value = point.get(name)
+                # A million steps are eight million values, nearly all of them plain floats.
+                column.append(value if type(value) is float else number(value))
 
     def add_eval(self, step: Any, loss: Any) -> None:
         """Take one evaluation."""
