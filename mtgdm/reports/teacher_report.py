@@ -1,0 +1,343 @@
+"""The teacher report: what a teacher's rows and logs say, told as JSON, Markdown, page and charts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from mtgdm.charts.style import Figure
+from mtgdm.manifest import Manifest
+from mtgdm.reports import lineage, markdown, page
+from mtgdm.reports.publish import Report
+from mtgdm.reports.teacher_figures import all_reasons, answers_figure, kept_figure, pace_figure
+from mtgdm.reports.teacher_pace import Pace, describe_pace
+from mtgdm.reports.teacher_run import TeacherRun, TypeFigures
+from mtgdm.reports.values import brief, clock, counted, shown
+from mtgdm.scoring.statistics import percentile
+
+QUESTIONS = {
+    "kept": (
+        "What was kept, and why not the rest?",
+        "Rows of each prompt type, and the reasons of rejection.",
+    ),
+    "answers": (
+        "How long and how true are the answers?",
+        "Kept answers: their length, and the share of their record's facts that they tell.",
+    ),
+    "pace": ("Did the teacher keep its pace?", "From the logs, with the pauses between sittings left out."),
+}
+BY_TYPE = ("type", "#kept", "#rejected", "#median length", "#fact recall", "#unsupported claims", "#repaired")
+SHOWN_REASONS = 3
+Cells = list[str]
+
+
+def teacher_report(
+    run: TeacherRun,
+    pace: Pace,
+    *,
+    source: str,
+    when: str,
+    complete: bool,
+    manifests: Sequence[Manifest] = (),
+) -> Report:
+    """The report of a run; `complete` says whether every row was asked for, as the manifest tells."""
+    data = {"kind": "teacher", "created": when, "rows_file": source, **describe(run, pace, complete=complete)}
+    charts: dict[str, Figure] = {"kept": kept_figure(run)}
+    if run.kept:
+        charts["answers"] = answers_figure(run)
+    if len(pace):
+        charts["pace"] = pace_figure(run, pace)
+    title = f"Teacher report · {when}"
+    return Report(
+        title=title,
+        data=data,
+        markdown=lambda links: _markdown(title, data, links, manifests),
+        body=_body(data, run, manifests, list(charts)),
+        charts=charts,
+        page_charts={"answers-narrow": answers_figure(run, narrow=True)} if run.kept else {},
+    )
+
+
+def describe(run: TeacherRun, pace: Pace, *, complete: bool) -> dict[str, Any]:
+    """The figures of a run as plain JSON values; NaN or null where a value is not known."""
+    kept, rejected = run.kept, run.rejected
+    reasons_by_type: dict[str, dict[str, int]] = {}
+    for (kind, reason), count in run.reasons.most_common():
+        reasons_by_type.setdefault(kind, {})[reason] = count
+    data = {
+        "complete": complete,
+        "rows": kept + rejected,
+        "kept": kept,
+        "rejected": rejected,
+        "kept_share": kept / (kept + rejected),
+        "teachers": [
+            {"backend": backend, "model": model, "rows": rows}
+            for (backend, model), rows in run.models.most_common()
+        ],
+        "all_types": _type_figures(_together(run)),
+        "by_type": {name: _type_figures(figures) for name, figures in run.types.items()},
+        "by_split": dict(run.splits.most_common()),
+        "reasons": dict(all_reasons(run).most_common()),
+        "reasons_by_type": reasons_by_type,
+        "rejected_finish_reasons": dict(run.finish_reasons.most_common()),
+        "tokens": _tokens(run),
+        "repairs": {
+            "repaired": sum(figures.repaired for figures in run.types.values()),
+            "requests_per_kept_row": run.attempts / kept if run.attempts and kept else math.nan,
+        },
+        "pace": describe_pace(pace),
+        "in_flight": run.seconds / pace.worked_s if pace.worked_s and run.seconds else math.nan,
+        "most_unsupported": [
+            {"id": one.id, "spot": one.spot, "type": one.type, "unsupported": one.count, "claims": one.claims}
+            for one in run.worst
+        ],
+        "notes": run.notes,
+    }
+    return data | {"findings": findings(data)}
+
+
+def findings(data: Mapping[str, Any]) -> list[str]:
+    """What is worth knowing, in sentences."""
+    found = [] if data["complete"] else ["the run is not complete: these are the rows so far"]
+    reasons = list(data["reasons"].items())
+    found += [f"rejected {count:,} × {reason}" for reason, count in reasons[:SHOWN_REASONS]]
+    if len(reasons) > SHOWN_REASONS:
+        found.append(f"and {counted(len(reasons) - SHOWN_REASONS, 'other reason')}")
+    worst = max(data["by_type"], key=lambda kind: _lost(data["by_type"][kind]))
+    if len(data["by_type"]) > 1 and _lost(data["by_type"][worst]) > 2 * (1 - data["kept_share"]):
+        found.append(f"{worst} loses most: {_lost(data['by_type'][worst]):.1%} of its rows")
+    recall, claims = data["all_types"]["fact_recall"], data["all_types"]["unsupported"]
+    if recall["rows"]:
+        found.append(
+            f"kept answers tell {recall['mean']:.1%} of their records' facts; "
+            f"{counted(claims['rows_with_claims'], 'row')} of {claims['rows']:,} make claims without support "
+            f"({claims['claims']:,} in all)"
+        )
+    else:
+        found.append("no row carries a record: facts were not checked")
+    repaired = data["repairs"]["repaired"]
+    if repaired:
+        found.append(
+            f"{counted(repaired, 'row')} ({repaired / data['kept']:.1%}) were kept after a repair turn"
+        )
+    return found
+
+
+def headline(data: Mapping[str, Any]) -> str:
+    """The run in one line."""
+    teachers = ", ".join(f"{one['backend']} {one['model']}".strip() for one in data["teachers"])
+    by = f" · {teachers}" if teachers else ""
+    return f"{data['kept']:,} of {data['rows']:,} rows kept ({data['kept_share']:.1%}){by}"
+
+
+def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures that matter: label, value, and what stands under it."""
+    facts, claims, tokens = (
+        data["all_types"]["fact_recall"],
+        data["all_types"]["unsupported"],
+        data["tokens"],
+    )
+    figures = [
+        ("kept", f"{data['kept']:,}", f"{data['kept_share']:.1%} of {data['rows']:,} rows"),
+        ("rejected", f"{data['rejected']:,}", counted(len(data["reasons"]), "reason")),
+    ]
+    if facts["rows"]:
+        figures.append(("fact recall", shown(facts["mean"], 3), f"{facts['rows']:,} rows with facts"))
+    if claims["rows"]:
+        figures.append(
+            (
+                "unsupported claims",
+                f"{claims['claims']:,}",
+                f"in {counted(claims['rows_with_claims'], 'row')} of {claims['rows']:,}",
+            )
+        )
+    length = data["all_types"]["characters"]
+    figures.append(("characters an answer", brief(length["p50"]), f"95th percentile {brief(length['p95'])}"))
+    if tokens["rows"]:
+        figures.append(
+            (
+                "tokens a kept row",
+                f"{brief(tokens['prompt_per_row'])} + {brief(tokens['output_per_row'])}",
+                f"{_short(tokens['prompt'])} + {_short(tokens['output'])} in all",
+            )
+        )
+    if pace := data["pace"]:
+        speed = f"{brief(pace['output_tokens_per_s'])} tokens a second" if pace["output_tokens"] else ""
+        figures.append(("rows a minute", brief(pace["rows_per_minute"]), speed))
+        figures.append(("time worked", clock(pace["seconds_worked"]), counted(pace["sittings"], "sitting")))
+    return figures
+
+
+def type_rows(data: Mapping[str, Any]) -> list[Cells]:
+    """A row of `BY_TYPE` for each prompt type."""
+    return [
+        [
+            name,
+            f"{figures['kept']:,}",
+            f"{figures['rejected']:,}",
+            brief(figures["characters"]["p50"]),
+            shown(figures["fact_recall"]["mean"], 3),
+            f"{figures['unsupported']['claims']:,}" if figures["unsupported"]["rows"] else "–",
+            f"{figures['repaired']:,}",
+        ]
+        for name, figures in data["by_type"].items()
+    ]
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def _type_figures(figures: TypeFigures) -> dict[str, Any]:
+    claims = figures.unsupported
+    return {
+        "kept": figures.kept,
+        "rejected": figures.rejected,
+        "repaired": figures.repaired,
+        "characters": _spread(figures.characters),
+        "prompt_tokens": _spread(figures.prompt_tokens),
+        "output_tokens": _spread(figures.output_tokens),
+        "fact_recall": _spread(figures.recall),
+        "unsupported": {
+            "rows": len(claims),
+            "rows_with_claims": sum(map(bool, claims)),
+            "claims": sum(claims),
+        },
+    }
+
+
+def _together(run: TeacherRun) -> TypeFigures:
+    """All types as one."""
+    whole = TypeFigures(run.kept, run.rejected, sum(figures.repaired for figures in run.types.values()))
+    for figures in run.types.values():
+        whole.characters += figures.characters
+        whole.prompt_tokens += figures.prompt_tokens
+        whole.output_tokens += figures.output_tokens
+        whole.recall += figures.recall
+        whole.unsupported += figures.unsupported
+    return whole
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    ordered = sorted(values)
+    return {
+        "rows": len(ordered),
+        "mean": fmean(ordered) if ordered else math.nan,
+        "p50": percentile(ordered, 0.5),
+        "p95": percentile(ordered, 0.95),
+        "min": ordered[0] if ordered else math.nan,
+        "max": ordered[-1] if ordered else math.nan,
+    }
+
+
+def _tokens(run: TeacherRun) -> dict[str, Any]:
+    """What the kept answers cost; of a repaired row the last turn alone, as its row says."""
+    prompt = sum(sum(figures.prompt_tokens) for figures in run.types.values())
+    output = sum(sum(figures.output_tokens) for figures in run.types.values())
+    rows = run.with_tokens
+    return {
+        "rows": rows,
+        "prompt": prompt,
+        "output": output,
+        "prompt_per_row": prompt / rows if rows else math.nan,
+        "output_per_row": output / rows if rows else math.nan,
+    }
+
+
+# --- Markdown ------------------------------------------------------------------------------------
+
+
+def _markdown(
+    title: str, data: Mapping[str, Any], links: Mapping[str, str], manifests: Sequence[Manifest]
+) -> str:
+    lines = [f"# {title}", "", f"**{markdown.escape(headline(data))}**", ""]
+    lines += [f"- {markdown.escape(one)}" for one in data["findings"]]
+    figures = [[markdown.escape(cell) for cell in row] for row in key_figures(data)]
+    lines += ["", *markdown.table(["", "#", ""], figures), "", "## By type", ""]
+    lines += markdown.table(BY_TYPE, [[markdown.escape(cell) for cell in row] for row in type_rows(data)])
+    for name, link in links.items():
+        question, lead = QUESTIONS[name]
+        lines += ["", f"## {question}", "", lead, "", f"![{question}]({link})"]
+    if data["reasons"]:
+        rows = [[markdown.escape(reason), f"{count:,}"] for reason, count in data["reasons"].items()]
+        lines += ["", "## Reasons of rejection", "", *markdown.table(["reason", "#rows"], rows)]
+    if data["most_unsupported"]:
+        claimed = [[markdown.escape(cell) for cell in row] for row in _claims(data)]
+        lines += ["", "## Most unsupported claims", "", *markdown.table(["spot", "type", "claims"], claimed)]
+    notes = [f"- {markdown.escape(note)}" for note in data["notes"]]
+    lines += ["", "## Notes", "", *notes] if notes else []
+    lines += ["", *lineage.in_markdown(manifests), f"Made from {markdown.code(data['rows_file'])}.", ""]
+    return "\n".join(lines)
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def _body(
+    data: Mapping[str, Any], run: TeacherRun, manifests: Sequence[Manifest], charts: Sequence[str]
+) -> list[str]:
+    pill = ("complete", "good") if data["complete"] else ("not complete", "warn")
+    body = [
+        page.header(
+            f"mtgdm teacher report · {data['created']}", headline(data), pill=pill, lines=data["findings"]
+        ),
+        page.cards(key_figures(data)),
+        page.section(
+            "By type", "", page.table(BY_TYPE, [list(map(page.escape, row)) for row in type_rows(data)])
+        ),
+    ]
+    body += [page.chart(name, *QUESTIONS[name]) for name in charts]
+    if data["reasons"]:
+        body.append(_reasons_section(data, run))
+    if data["most_unsupported"]:
+        rows = [list(map(page.escape, row)) for row in _claims(data)]
+        lead = "Kept all the same, unless `--max-unsupported` says otherwise."
+        body.append(
+            page.section("Most unsupported claims", lead, page.table(["spot", "type", "claims"], rows))
+        )
+    body.append(page.lineage(manifests))
+    if data["notes"]:
+        items = "".join(f"<li>{page.escape(note)}</li>" for note in data["notes"])
+        body.append(page.section("Notes", "", f"<ul>{items}</ul>"))
+    body.append(f"<footer>Made from <code>{page.escape(data['rows_file'])}</code>.</footer>")
+    return body
+
+
+def _reasons_section(data: Mapping[str, Any], run: TeacherRun) -> str:
+    """Every reason, with a row that shows it where one was kept in mind."""
+    parts = []
+    for reason, count in data["reasons"].items():
+        summary = f'<span class="pill">{count:,}</span> {page.escape(reason)}'
+        example = run.examples.get(reason)
+        if example is None:
+            parts.append(f"<p>{summary}</p>")
+            continue
+        what = f"{example.spot} · {example.type} · {example.id}"
+        text = page.texts([(what, page.escape(example.text or "(no text)"), True)])
+        parts.append(page.details(summary, f"<p>{page.escape(example.reason)}</p>", text))
+    lead = "Figures and quoted words are left out, so that like counts with like; open one for an example."
+    return page.section("Reasons of rejection", lead, *parts)
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def _claims(data: Mapping[str, Any]) -> list[Cells]:
+    return [
+        [one["spot"] or one["id"], one["type"], f"{one['unsupported']:,}: {', '.join(one['claims'])}"]
+        for one in data["most_unsupported"]
+    ]
+
+
+def _lost(figures: Mapping[str, Any]) -> float:
+    rows: int = figures["kept"] + figures["rejected"]
+    return figures["rejected"] / rows if rows else 0.0
+
+
+def _short(count: float) -> str:
+    """A large count for people: `1.2 M`."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if count >= size:
+            return f"{count / (1e3 if unit == 'k' else size):.3g} {unit}"
+    return f"{count:,.0f}"
