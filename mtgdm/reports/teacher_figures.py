@@ -52,6 +52,7 @@ def kept_figure(run: TeacherRun) -> Figure:
     if reasons:
         _bars_of_reasons(chart, reasons, domains[1])
     chart["layout"]["barmode"] = "stack"
+    chart["layout"]["legend"]["traceorder"] = "normal"
     return chart
 
 
@@ -65,32 +66,16 @@ def answers_figure(run: TeacherRun, *, narrow: bool = False) -> Figure:
     columns = [(0.0, 1.0), (0.0, 1.0)] if narrow else beside([1.35, 1], 0.09)
     count = len(types) * (2 if narrow else 1)
     inside = 130 * count + 62 * (count - 1)
-    chart = figure("Answers", _subtitle(run), inside + 192)
+    said = f"{_subtitle(run)} · the last bar holds all that are longer"
+    chart = figure("Answers", said, inside + 192)
     domains = stacked([1] * count, 62 / inside)
     for place, ((name, figures), values) in enumerate(zip(types, lengths, strict=True)):
         rows = domains[2 * place : 2 * place + 2] if narrow else [domains[place]] * 2
-        _histogram(
-            chart,
-            2 * place + 1,
-            f"{name}: length",
-            values,
-            rows[0],
-            columns[0],
-            color=BLUE,
-            top=top,
-            unit=unit,
-        )
-        _histogram(
-            chart,
-            2 * place + 2,
-            f"{name}: fact recall",
-            figures.recall,
-            rows[1],
-            columns[1],
-            color=GREEN,
-            top=1.0,
-            unit="of the record's facts",
-        )
+        for number, title, some, row, column, color, end in (
+            (2 * place + 1, f"{name}: {unit}", values, rows[0], columns[0], BLUE, top),
+            (2 * place + 2, f"{name}: fact recall", figures.recall, rows[1], columns[1], GREEN, 1.0),
+        ):
+            _histogram(chart, number, title, some, row, column, color=color, top=end)
     chart["layout"] |= {"showlegend": False, "bargap": 0.06}
     return chart
 
@@ -153,7 +138,7 @@ def _bars_by_type(
     labels = [escape(_short(name, 14)) for name, _ in types]
     total = [figures.kept + figures.rejected for _, figures in types]
     y_axis = {"type": "category", "categoryorder": "array", "categoryarray": labels[::-1], "showgrid": False}
-    x_axis = {"range": [0, max(total, default=1) * 1.16], "tickformat": ",d"}
+    x_axis = {"range": [0, max(total, default=1) * 1.3], "tickformat": ",d"}
     panel(chart, 1, "Rows by type", y=domain, x_axis=x_axis, y_axis=y_axis | {"ticks": ""})
     for name, color, counts in (
         ("kept", BLUE, [figures.kept for _, figures in types]),
@@ -172,7 +157,7 @@ def _bars_of_reasons(chart: Figure, reasons: Sequence[tuple[str, int]], domain: 
     places = list(range(len(reasons)))
     counts = [count for _, count in reasons]
     y_axis = {"range": [len(reasons) - 0.4, -0.75], "showticklabels": False, "showgrid": False}
-    x_axis = {"range": [0, max(counts) * 1.16], "tickformat": ",d", "title": {"text": "rows"}}
+    x_axis = {"range": [0, max(counts) * 1.16], "tickformat": ",d"}
     panel(chart, 2, "Why rows were rejected", y=domain, x_axis=x_axis, y_axis=y_axis)
     bar = {"type": "bar", "orientation": "h", "x": counts, "y": places, "width": 0.3, "showlegend": False}
     hover = "%{x:,} rows<extra></extra>"
@@ -194,34 +179,25 @@ def _histogram(
     *,
     color: str,
     top: float,
-    unit: str,
 ) -> None:
+    """How many rows have which value; the last bar holds all that is beyond `top` too."""
     width = top / BINS
     counts = [0] * BINS
     for value in values:
         counts[min(int(value / width), BINS - 1)] += 1
-    x_axis = {"range": [0, top], "title": {"text": unit}}
-    panel(chart, number, title, y=y, x=x, x_axis=x_axis, y_axis={"rangemode": "tozero", "nticks": 4})
+    y_axis = {"rangemode": "tozero", "nticks": 4}
+    panel(chart, number, title, y=y, x=x, x_axis={"range": [0, top]}, y_axis=y_axis)
     axes = {"xaxis": axis("x", number), "yaxis": axis("y", number)}
     middles = [(place + 0.5) * width for place in range(BINS)]
-    hover = f"%{{y:,}} rows<br>about %{{x:.3~g}} {unit}<extra></extra>"
+    hover = "%{y:,} rows<br>about %{x:.3~g}<extra></extra>"
     bar = {"type": "bar", "x": middles, "y": counts, "width": width * 0.94, "hovertemplate": hover}
     chart["data"].append(bar | axes | {"marker": {"color": color}})
     if not values:
         nothing_here(chart, number, "not known")
         return
-    middle = percentile(values, 0.5)
+    text = f"median {_figure(percentile(values, 0.5))}"
     place = (f"{axis('x', number)} domain", f"{axis('y', number)} domain")
-    note(
-        chart,
-        f"median {_figure(middle)}",
-        x=1,
-        y=1,
-        anchor="right",
-        shift=(0, 10),
-        color=SOFT_INK,
-        axes=place,
-    )
+    note(chart, text, x=1, y=1, anchor="right", shift=(0, 8), bottom=True, color=SOFT_INK, axes=place)
 
 
 def _lost_percent(bucket: Bucket) -> float:

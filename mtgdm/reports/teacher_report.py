@@ -117,10 +117,19 @@ def findings(data: Mapping[str, Any]) -> list[str]:
         )
     else:
         found.append("no row carries a record: facts were not checked")
-    repaired = data["repairs"]["repaired"]
+    return found + _extra_cost(data)
+
+
+def _extra_cost(data: Mapping[str, Any]) -> list[str]:
+    """What was asked beyond one answer for each kept row."""
+    found = []
+    repaired, pace = data["repairs"]["repaired"], data["pace"]
     if repaired:
+        found.append(f"{counted(repaired, 'row')} ({repaired / data['kept']:.1%}) kept after a repair turn")
+    if pace and pace["rejected_output_tokens"]:
+        lost = pace["rejected_output_tokens"]
         found.append(
-            f"{counted(repaired, 'row')} ({repaired / data['kept']:.1%}) were kept after a repair turn"
+            f"rejected answers cost {_short(lost)} output tokens ({lost / pace['output_tokens']:.1%} of all)"
         )
     return found
 
@@ -166,7 +175,9 @@ def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if pace := data["pace"]:
         speed = f"{brief(pace['output_tokens_per_s'])} tokens a second" if pace["output_tokens"] else ""
         figures.append(("rows a minute", brief(pace["rows_per_minute"]), speed))
-        figures.append(("time worked", clock(pace["seconds_worked"]), counted(pace["sittings"], "sitting")))
+        flight = f", {brief(data['in_flight'])} in flight" if math.isfinite(data["in_flight"]) else ""
+        sittings = counted(pace["sittings"], "sitting")
+        figures.append(("time worked", clock(pace["seconds_worked"]), f"{sittings}{flight}"))
     return figures
 
 

@@ -26,7 +26,12 @@ MOST_REASONS = 1000
 """Reasons that differ in more than figures are counted one by one up to here; the rest is `other reasons`."""
 EXAMPLE_CHARACTERS = 1200
 
-_VARYING = re.compile(r"'[^']*'|\d[\d.]*%?")
+_VARYING = re.compile(r"'[^']*'|\d+(?:\.\d+)*%?")
+"""What differs from row to row in reasons that are the same: figures, and words that are quoted."""
+_PLACE = re.compile(r"\.\d+(?=[.:])")
+"""Which item of a list it was: `steps.3.lat`."""
+_NAMED = re.compile(r"(?<=; missing: ).*|(?<=, more than …: ).*")
+"""The facts that a reason names; see `Judge.fact_problem`."""
 
 
 @dataclass
@@ -194,7 +199,7 @@ def _take_rejected(run: TeacherRun, row: Mapping[str, Any]) -> None:
     if (finish := rejected.get("finish_reason")) is not None:
         run.finish_reasons[str(finish)] += 1
     full = _text(rejected.get("reason")) or "no reason given"
-    reason = _VARYING.sub("…", full)
+    reason = kind_of_reason(full)
     if (kind, reason) not in run.reasons and len(run.reasons) >= MOST_REASONS:
         reason = "other reasons"
     run.reasons[kind, reason] += 1
@@ -203,6 +208,11 @@ def _take_rejected(run: TeacherRun, row: Mapping[str, Any]) -> None:
         cut = "…" if len(text) > EXAMPLE_CHARACTERS else ""
         shown = text[:EXAMPLE_CHARACTERS] + cut
         run.examples[reason] = Example(str(row.get("id") or ""), _text(meta.get("spot")), kind, full, shown)
+
+
+def kind_of_reason(reason: str) -> str:
+    """A reason without what differs from row to row, so that like counts with like."""
+    return _NAMED.sub("…", _VARYING.sub("…", _PLACE.sub("[]", reason)))
 
 
 def _type(meta: Mapping[str, Any]) -> str:
