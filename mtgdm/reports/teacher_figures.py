@@ -40,7 +40,7 @@ FURTHEST = 0.995
 """Lengths are drawn up to this share of the rows: one endless answer would flatten all others."""
 
 
-def kept_figure(run: TeacherRun) -> Figure:
+def kept_figure(run: TeacherRun, *, narrow: bool = False) -> Figure:
     """How many rows of each type were kept, and for what the others were rejected."""
     types = largest(run)
     reasons = all_reasons(run).most_common(MOST_REASONS)
@@ -48,9 +48,10 @@ def kept_figure(run: TeacherRun) -> Figure:
     inside = 44 * sum(heights) + (70 if reasons else 0)
     chart = figure("Kept and rejected", _subtitle(run), round(inside) + 230, left=118)
     domains = stacked(heights, 70 / inside)
-    _bars_by_type(chart, types, domains[0])
+    _bars_by_type(chart, types, domains[0], narrow=narrow)
     if reasons:
-        _bars_of_reasons(chart, reasons, domains[1])
+        shown = LONGEST_REASON // 3 if narrow else LONGEST_REASON
+        _bars_of_reasons(chart, [(_short(reason, shown), rows) for reason, rows in reasons], domains[1])
     chart["layout"]["barmode"] = "stack"
     chart["layout"]["legend"]["traceorder"] = "normal"
     return chart
@@ -133,24 +134,29 @@ def largest(run: TeacherRun) -> list[tuple[str, TypeFigures]]:
 
 
 def _bars_by_type(
-    chart: Figure, types: Sequence[tuple[str, TypeFigures]], domain: tuple[float, float]
+    chart: Figure, types: Sequence[tuple[str, TypeFigures]], domain: tuple[float, float], *, narrow: bool
 ) -> None:
-    labels = [escape(_short(name, 14)) for name, _ in types]
+    names = [name for name, _ in types]
     total = [figures.kept + figures.rejected for _, figures in types]
-    y_axis = {"type": "category", "categoryorder": "array", "categoryarray": labels[::-1], "showgrid": False}
-    x_axis = {"range": [0, max(total, default=1) * 1.3], "tickformat": ",d"}
-    panel(chart, 1, "Rows by type", y=domain, x_axis=x_axis, y_axis=y_axis | {"ticks": ""})
+    ticks = {"tickvals": names, "ticktext": [escape(_short(name, 14)) for name in names]}
+    y_axis = {"type": "category", "categoryorder": "array", "categoryarray": names[::-1], **ticks}
+    x_axis = {
+        "range": [0, max(total, default=1) * (1.75 if narrow else 1.3)],
+        "tickformat": ",d",
+        "nticks": 6,
+    }
+    panel(chart, 1, "Rows by type", y=domain, x_axis=x_axis, y_axis=y_axis | {"showgrid": False})
     for name, color, counts in (
         ("kept", BLUE, [figures.kept for _, figures in types]),
         ("rejected", ORANGE, [figures.rejected for _, figures in types]),
     ):
         hover = "%{y}: %{x:,} " + name + "<extra></extra>"
-        bar = {"type": "bar", "orientation": "h", "x": counts, "y": labels, "name": name, "width": 0.62}
+        bar = {"type": "bar", "orientation": "h", "x": counts, "y": names, "name": name, "width": 0.62}
         chart["data"].append(bar | {"marker": {"color": color}, "hovertemplate": hover})
-    for label, all_, (_, figures) in zip(labels, total, types, strict=True):
-        lost = f" · {figures.rejected / all_:.1%} rejected" if figures.rejected else ""
-        text = f"<b>{figures.kept:,}</b> of {all_:,}{lost}"
-        note(chart, text, x=all_, y=label, anchor="left", shift=(8, 0), axes=("x", "y"))
+    for all_, (name, figures) in zip(total, types, strict=True):
+        lost = f"{figures.rejected / all_:.1%} rejected" if figures.rejected else "all kept"
+        text = lost if narrow else f"<b>{figures.kept:,}</b> of {all_:,} · {lost}"
+        note(chart, text, x=all_, y=name, anchor="left", shift=(8, 0), axes=("x", "y"))
 
 
 def _bars_of_reasons(chart: Figure, reasons: Sequence[tuple[str, int]], domain: tuple[float, float]) -> None:
@@ -164,8 +170,7 @@ def _bars_of_reasons(chart: Figure, reasons: Sequence[tuple[str, int]], domain: 
     axes = {"xaxis": "x2", "yaxis": "y2"}
     chart["data"].append(bar | axes | {"marker": {"color": ORANGE}, "hovertemplate": hover})
     for place, (reason, count) in enumerate(reasons):
-        text = escape(_short(reason, LONGEST_REASON))
-        note(chart, text, x=0, y=place - 0.38, anchor="left", shift=(4, 0), axes=("x2", "y2"))
+        note(chart, escape(reason), x=0, y=place - 0.38, anchor="left", shift=(4, 0), axes=("x2", "y2"))
         note(chart, f"<b>{count:,}</b>", x=count, y=place, anchor="left", shift=(8, 0), axes=("x2", "y2"))
 
 

@@ -45,8 +45,10 @@ def teacher_report(
     """The report of a run; `complete` says whether every row was asked for, as the manifest tells."""
     data = {"kind": "teacher", "created": when, "rows_file": source, **describe(run, pace, complete=complete)}
     charts: dict[str, Figure] = {"kept": kept_figure(run)}
+    narrow = {"kept-narrow": kept_figure(run, narrow=True)}
     if run.kept:
         charts["answers"] = answers_figure(run)
+        narrow["answers-narrow"] = answers_figure(run, narrow=True)
     if len(pace):
         charts["pace"] = pace_figure(run, pace)
     title = f"Teacher report · {when}"
@@ -56,7 +58,7 @@ def teacher_report(
         markdown=lambda links: _markdown(title, data, links, manifests),
         body=_body(data, run, manifests, list(charts)),
         charts=charts,
-        page_charts={"answers-narrow": answers_figure(run, narrow=True)} if run.kept else {},
+        page_charts=narrow,
     )
 
 
@@ -303,7 +305,7 @@ def _body(
         body.append(_reasons_section(data, run))
     if data["most_unsupported"]:
         rows = [list(map(page.escape, row)) for row in _claims(data)]
-        lead = "Kept all the same, unless `--max-unsupported` says otherwise."
+        lead = "Kept all the same, unless --max-unsupported says otherwise."
         body.append(
             page.section("Most unsupported claims", lead, page.table(["spot", "type", "claims"], rows))
         )
