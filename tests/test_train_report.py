@@ -168,6 +168,11 @@ def test_another_checkpoint_kept_than_the_best_is_told(tmp_path: Path) -> None:
     assert "use the checkpoint of that step, if it was kept" in told(tmp_path, *events)[1]
 
 
+def test_a_run_without_an_end_took_the_time_of_its_steps(tmp_path: Path) -> None:
+    points = [{"event": "train", "step": step, "loss": 1.0, "step_seconds": 2.0} for step in (1, 10, 20)]
+    assert describe(read_run(train_metrics(tmp_path, *points)))["seconds"] == 40.0
+
+
 def test_steps_that_grow_slower_are_told(tmp_path: Path) -> None:
     assert "steps took +70% time at the end" in told(tmp_path, *training_events())[1]
 

@@ -174,6 +174,8 @@ def _gradient_reasons(run: TrainingRun) -> list[str]:
             f"gradient norm spiked {counted(figures['spikes'], 'time')} over {SPIKE:g} times its median, "
             f"most at step {figures['max_step']:,} ({figures['max']:.2f})"
         )
+    if figures["not_finite"]:
+        reasons.append(f"the gradient norm was infinite at {counted(figures['not_finite'], 'logged step')}")
     if figures["clipped"] is not None and figures["clipped"] > 0.5:
         reasons.append(f"{figures['clipped']:.0%} of the logged steps were clipped at {figures['clip']:g}")
     return reasons
@@ -265,8 +267,16 @@ def _learning_rate(run: TrainingRun) -> dict[str, Any]:
 
 
 def _seconds(run: TrainingRun) -> float:
+    """How long the run took; of one without an end the time of its steps alone."""
     seconds = (run.end or {}).get("seconds")
-    return float(seconds) if isinstance(seconds, int | float) else math.nan
+    if run.end is not None or not known(run.train["step_seconds"]):
+        return float(seconds) if isinstance(seconds, int | float) else math.nan
+    steps = run.train["step"]
+    since = (step - before for before, step in zip((0.0, *steps[:-1]), steps, strict=True))
+    # A point tells the mean of the steps since the one before it.
+    return math.fsum(
+        known([mean * count for mean, count in zip(run.train["step_seconds"], since, strict=True)])
+    )
 
 
 def _spread(finite: list[float]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mtgdm.reports.training_comparison import compared, comparison_figure
 from mtgdm.reports.training_figures import loss_figure, optimizer_figure
 from mtgdm.reports.training_health import describe
 from mtgdm.reports.training_run import TrainingRun
-from mtgdm.reports.values import brief, clock, share, shown
+from mtgdm.reports.values import brief, clock, counted, share, shown
 
 TONES = {
     "healthy": "good",
@@ -229,7 +229,7 @@ def _coded(facts: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _outcome(data: Mapping[str, Any]) -> str:
     """Where the run came out, without the verdict."""
-    steps = f"{data['steps']['last']:,} steps"
+    steps = counted(data["steps"]["last"], "step")
     best = (data["eval"] or {}).get("best")
     if best:
         return (
