@@ -141,6 +141,7 @@ def test_the_report_tells_what_the_checkpoint_was_made_from(tmp_path: Path) -> N
     run = run_stage(train_report, tmp_path)
     assert run.result.outputs
     html = run.result.outputs[0].with_suffix(".html").read_text(encoding="utf-8")
+    assert [one["stage"] for one in report_json(run)["lineage"]] == ["train"]
     assert "What it was made from" in html and "mine.yaml:3" in html
     assert "`lr=0.5`" in run.result.outputs[0].with_suffix(".md").read_text(encoding="utf-8")
 

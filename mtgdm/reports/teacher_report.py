@@ -43,7 +43,13 @@ def teacher_report(
     manifests: Sequence[Manifest] = (),
 ) -> Report:
     """The report of a run; `complete` says whether every row was asked for, as the manifest tells."""
-    data = {"kind": "teacher", "created": when, "rows_file": source, **describe(run, pace, complete=complete)}
+    data = {
+        "kind": "teacher",
+        "created": when,
+        "rows_file": source,
+        **describe(run, pace, complete=complete),
+        "lineage": [one.model_dump(mode="json") for one in manifests],
+    }
     charts: dict[str, Figure] = {"kept": kept_figure(run)}
     narrow = {"kept-narrow": kept_figure(run, narrow=True)}
     if run.kept:

@@ -55,6 +55,7 @@ def training_report(
         "metrics_file": source,
         **figures[0],
         "comparison": comparison,
+        "lineage": [one.model_dump(mode="json") for one in manifests],
     }
     charts: dict[str, Figure] = {"loss": loss_figure(run), "optim": optimizer_figure(run)}
     if others:
