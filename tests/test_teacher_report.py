@@ -178,6 +178,17 @@ def test_a_torn_last_line_is_noted_and_any_other_is_an_error(tmp_path: Path) -> 
         read(tmp_path)
 
 
+def test_figures_that_are_none_are_left_out(tmp_path: Path) -> None:
+    odd = {"recall": float("nan"), "unsupported": 7}
+    rows = [kept(0, facts=odd, output_tokens=-1, seconds="4", attempts=None), kept(3, facts={"recall": 2})]
+    rows += [{"messages": [{"role": "user", "content": ["a"]}], "meta": None}, {"messages": []}]
+    written(tmp_path, *rows, lost=({**row_of(9), "rejected": "why"},))
+    data = described(tmp_path)
+    assert (data["kept"], data["tokens"]["rows"], data["all_types"]["fact_recall"]["rows"]) == (4, 1, 0)
+    assert data["reasons"] == {"no reason given": 1}
+    strict_figure(answers_figure(read(tmp_path)))
+
+
 def test_reasons_are_bounded_however_many_there_are(tmp_path: Path) -> None:
     words = ["".join(chr(97 + int(digit)) for digit in str(number)) for number in range(MOST_REASONS + 50)]
     written(tmp_path, kept(0), lost=tuple(rejected(3 * n, f"bad {word}") for n, word in enumerate(words)))

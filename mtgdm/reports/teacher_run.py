@@ -179,9 +179,10 @@ def _take_facts(
     meta: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> None:
-    if isinstance(facts.get("recall"), int | float):
-        figures.recall.append(facts["recall"])
-    claims = [str(claim) for claim in facts.get("unsupported") or ()]
+    recall, unsupported = number(facts.get("recall")), facts.get("unsupported")
+    if 0 <= recall <= 1:
+        figures.recall.append(recall)
+    claims = [str(claim) for claim in unsupported] if isinstance(unsupported, list) else []
     figures.unsupported.append(len(claims))
     if not claims or (len(run.worst) == WORST and len(claims) <= run.worst[0].count):
         return

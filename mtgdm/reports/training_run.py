@@ -55,8 +55,8 @@ class TrainingRun:
     @property
     def total_steps(self) -> int | None:
         """The steps that were planned."""
-        total = self.start.get("total_steps")
-        return total if isinstance(total, int) and not isinstance(total, bool) else None
+        total = number(self.start.get("total_steps"))
+        return int(total) if 0 < total < math.inf else None
 
     @property
     def clip(self) -> float | None:
@@ -70,8 +70,8 @@ class TrainingRun:
     @property
     def kept_step(self) -> int | None:
         """The step whose checkpoint is the result of the run."""
-        step = (self.end or {}).get("best_step")
-        return step if isinstance(step, int) and not isinstance(step, bool) else None
+        step = number((self.end or {}).get("best_step"))
+        return int(step) if math.isfinite(step) else None
 
     @property
     def last_step(self) -> int:
