@@ -16,7 +16,7 @@ from mtgdm.charts.lines import MOST_POINTS, averaged, thinned, trend
 from mtgdm.errors import UserError
 from mtgdm.manifest import Manifest
 from mtgdm.reports.trainer_state import newest_state
-from mtgdm.reports.training_comparison import comparison_figure, run_names
+from mtgdm.reports.training_comparison import comparison_figure, differing, run_names
 from mtgdm.reports.training_figures import loss_figure, optimizer_figure
 from mtgdm.reports.training_health import describe, judge
 from mtgdm.reports.training_run import has_steps, read_run
@@ -227,7 +227,7 @@ def test_a_state_of_transformers_is_a_run(tmp_path: Path) -> None:
     assert figures["steps"] == {"last": 30, "total": 30, "logged": 4}
     assert figures["eval"]["best"]["step"] == figures["eval"]["kept_step"] == 20
     assert (figures["complete"], figures["seconds"]) == (True, 12.5)
-    assert run.settings["train_batch_size"] == 4
+    assert run.settings["batch"] == 4
     assert run.name.endswith("/out")
     strict_figure(loss_figure(run))
     strict_figure(optimizer_figure(run))
@@ -304,15 +304,18 @@ def test_several_runs_stand_in_one_report_with_what_differs(tmp_path: Path) -> N
         "train-20261123-090000",
         "trl",
     ]
-    assert comparison["settings"]["lora_r"] == [16, 64, None]
-    assert comparison["settings"]["dora"] == [None, True, None]
-    assert "batch" in comparison["settings"]
+    assert comparison["settings"] == {"lora_r": [16, 64, None]}
     assert run.result.outputs
     text = run.result.outputs[0].with_suffix(".md").read_text(encoding="utf-8")
     assert "| `lora_r` | `16` | `64` | `–` |" in text
     assert 'data-figure="compare"' in run.result.outputs[0].with_suffix(".html").read_text(encoding="utf-8")
     assert any("lora_r" in line for line in run.printed)
     assert len(run.manifests[0].inputs) == 3
+
+
+def test_a_setting_that_a_run_does_not_name_is_not_known_to_differ() -> None:
+    runs = [{"lr": 1, "seed": 1, "rank": 8}, {"lr": 1, "rank": 4, "dora": True}, {"lr": 1, "seed": 2}]
+    assert differing(runs) == {"seed": [1, None, 2], "rank": [8, 4, None]}
 
 
 def test_runs_that_name_epochs_are_drawn_over_them(tmp_path: Path) -> None:

@@ -10,14 +10,16 @@ from typing import Any
 from mtgdm.errors import UserError
 from mtgdm.reports.training_run import STATE, TrainingRun, number
 
-_SETTINGS = (
-    "num_train_epochs",
-    "max_steps",
-    "train_batch_size",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-)
+_SETTINGS = {
+    "train_batch_size": "batch",
+    "logging_steps": "logging_steps",
+    "eval_steps": "eval_steps",
+    "save_steps": "save_steps",
+}
+"""What a state tells of the run's settings, and what `mtgdm train` calls them.
+
+Not its epochs: they are rounded up, and counted from the steps where those were asked for.
+"""
 _EVAL_LOSS = re.compile(r"eval_(?:.+_)?loss")
 
 
@@ -47,7 +49,9 @@ def read_state(path: Path) -> TrainingRun:
     run.start = {
         "written_by": "transformers",
         "total_steps": state.get("max_steps"),
-        "settings": {key: state[key] for key in _SETTINGS if state.get(key) is not None},
+        "settings": {
+            ours: state[theirs] for theirs, ours in _SETTINGS.items() if state.get(theirs) is not None
+        },
     }
     losses: dict[str, None] = {}
     for entry in history:

@@ -23,7 +23,7 @@ from mtgdm.charts.style import (
 from mtgdm.reports.training_figures import loss_axis
 from mtgdm.reports.training_run import TrainingRun
 
-FACTS = ("base_model", "train_rows", "val_rows", "trained_tokens", "device", "processes", "layout")
+FACTS = ("base_model", "train_rows", "val_rows", "trained_tokens", "device", "processes")
 """What a run says of itself beside its settings and what may differ as they do."""
 LEGEND_LINE = 22
 _DASHES = ("solid", "dash", "dot")
@@ -32,8 +32,8 @@ _DASHES = ("solid", "dash", "dot")
 def compared(runs: Sequence[TrainingRun], figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The runs in the order given, each with how it came out, and what differs between them.
 
-    `figures` are what `describe` found of each. `settings` holds, for each setting that is not the same in
-    all runs, its value in each; null where a run does not name it.
+    `figures` are what `describe` found of each. `settings` holds, for each setting that differs between runs
+    that name it, its value in each; null where a run does not: of that nobody knows.
     """
     names = run_names(runs)
     return {
@@ -46,10 +46,13 @@ def compared(runs: Sequence[TrainingRun], figures: Sequence[Mapping[str, Any]]) 
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs, with their value in each."""
-    keys = dict.fromkeys(key for some in settings for key in some)
-    values = {key: [some.get(key) for some in settings] for key in keys}
-    return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
+    """The settings that are not the same in all runs that name them, with their value in each run."""
+    found = {}
+    for key in dict.fromkeys(key for some in settings for key in some):
+        named = [some[key] for some in settings if key in some]
+        if any(value != named[0] for value in named):
+            found[key] = [some.get(key) for some in settings]
+    return found
 
 
 def run_names(runs: Sequence[TrainingRun]) -> list[str]:

@@ -93,7 +93,7 @@ def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
                 figures.append((f"{name} eval loss", shown(point["loss"], 3), under))
     figures += [
         ("steps", f"{data['steps']['last']:,}", _planned(data)),
-        ("time", clock(data["seconds"]), f"{brief(data['tokens_per_s']['p50'])} tokens a second"),
+        ("time", clock(data["seconds"]), _speed(data["tokens_per_s"]["p50"])),
         ("seconds a step", brief(data["step_seconds"]["p50"]), _drift(data)),
         ("gradient norm", brief(data["gradient_norm"]["p50"]), _gradient_note(data["gradient_norm"])),
         ("learning rate", brief(data["learning_rate"]["max"]), _schedule(data["learning_rate"])),
@@ -256,6 +256,10 @@ def _planned(data: Mapping[str, Any]) -> str:
     total = data["steps"]["total"]
     of = f"of {total:,} planned" if total else "logged"
     return of if data["complete"] else f"{of}; the run did not end"
+
+
+def _speed(tokens_per_s: float) -> str:
+    return f"{brief(tokens_per_s)} tokens a second" if math.isfinite(tokens_per_s) else ""
 
 
 def _schedule(rate: Mapping[str, Any]) -> str:

@@ -14,6 +14,8 @@ from mtgdm.reports.settings import ReportSettings
 from mtgdm.stage import TIMESTAMP, Context, Flag, Input, Output, Result, newest, stage
 
 METRICS = "train-*.metrics.jsonl"
+SHOWN_SETTINGS = 8
+"""So many settings that differ are shown on the terminal; the report has them all."""
 
 
 class ReportConfig(ReportSettings):
@@ -100,7 +102,10 @@ def run(config: ReportConfig, context: Context) -> Result:
     if others:
         context.terminal.table(COMPARED, comparison_rows(report.data))
         names = [run["name"] for run in report.data["comparison"]["runs"]]
-        context.terminal.table(["setting that differs", *names], differing_rows(report.data))
+        settings = differing_rows(report.data)
+        context.terminal.table(["setting that differs", *names], settings[:SHOWN_SETTINGS])
+        if len(settings) > SHOWN_SETTINGS:
+            context.print(f"and {len(settings) - SHOWN_SETTINGS} more in the report")
     say_where(files, context)
     counts = {
         "steps": training.last_step,
