@@ -15,7 +15,6 @@ from mtgdm.errors import BadRow, UserError
 from mtgdm.plugins import named
 from mtgdm.reports.teacher_figures import answers_figure, kept_figure, pace_figure
 from mtgdm.reports.teacher_pace import Pace, describe_pace, over_time, read_pace
-from mtgdm.reports.teacher_report import describe
 from mtgdm.reports.teacher_run import (
     EXAMPLES,
     MOST_REASONS,
@@ -24,6 +23,7 @@ from mtgdm.reports.teacher_run import (
     kind_of_reason,
     read_teacher_run,
 )
+from mtgdm.reports.teacher_summary import describe
 from mtgdm.stages.prompts import run as prompts
 from mtgdm.stages.teacher import run as teacher
 from mtgdm.stages.teacher_report import run as teacher_report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 from mtgdm.charts.style import (
@@ -43,7 +42,7 @@ FURTHEST = 0.995
 def kept_figure(run: TeacherRun, *, narrow: bool = False) -> Figure:
     """How many rows of each type were kept, and for what the others were rejected."""
     types = largest(run)
-    reasons = all_reasons(run).most_common(MOST_REASONS)
+    reasons = run.all_reasons.most_common(MOST_REASONS)
     heights = [len(types) + 0.4, *([1.35 * len(reasons) + 0.3] if reasons else [])]
     inside = 44 * sum(heights) + (70 if reasons else 0)
     chart = figure("Kept and rejected", _subtitle(run), round(inside) + 230, left=118)
@@ -116,14 +115,6 @@ def pace_figure(run: TeacherRun, pace: Pace) -> Figure:
     chart["layout"][f"xaxis{len(panels)}"]["title"]["text"] = f"{unit} worked"
     chart["layout"]["showlegend"] = False
     return chart
-
-
-def all_reasons(run: TeacherRun) -> Counter[str]:
-    """Rejected rows by reason, whatever their type."""
-    found: Counter[str] = Counter()
-    for (_, reason), count in run.reasons.items():
-        found[reason] += count
-    return found
 
 
 def largest(run: TeacherRun) -> list[tuple[str, TypeFigures]]:

@@ -103,6 +103,14 @@ class TeacherRun:
         """Rejected rows."""
         return sum(figures.rejected for figures in self.types.values())
 
+    @property
+    def all_reasons(self) -> Counter[str]:
+        """Rejected rows by reason, whatever their type."""
+        found: Counter[str] = Counter()
+        for (_, reason), count in self.reasons.items():
+            found[reason] += count
+        return found
+
 
 def read_teacher_run(kept: Path, rejected: Path, domain: Domain) -> TeacherRun:
     """Read both files, each where it is there; facts that a row does not carry are checked against its record.
