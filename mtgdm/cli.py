@@ -219,7 +219,7 @@ def _flag_type(annotation: Any) -> Any:
         return kind
     if kind in (bool, int, float, str, Path):
         return kind
-    if get_origin(kind) is list and get_args(kind) == (str,):
+    if get_origin(kind) is list and get_args(kind) in ((str,), (Path,)):
         return list[str]
     if is_list(annotation) or not (isinstance(kind, type) and issubclass(kind, dict | BaseModel)):
         return None if get_origin(kind) is dict else str

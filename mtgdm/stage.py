@@ -59,6 +59,10 @@ __all__ = [
 ]
 
 
+TIMESTAMP = "%Y%m%d-%H%M%S"
+"""A moment in the names of files: sorted by name they are sorted by time."""
+
+
 @dataclass(frozen=True)
 class Input:
     """Marks a path setting whose content the result depends on.
@@ -135,13 +139,8 @@ class StageConfig(BaseModel):
 
     def resolved(self, workspace: Path) -> Self:
         """The same settings with every path absolute: under the workspace, or where mtgdm ships it."""
-        return self.model_copy(
-            update={
-                name: _absolute(value, workspace)
-                for name in type(self).model_fields
-                if isinstance(value := getattr(self, name), Path)
-            }
-        )
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return self.model_copy(update={name: _absolute(value, workspace) for name, value in values.items()})
 
     def inputs(self) -> list[Path]:
         """The files and folders the result is made from; those not marked with `Input` are added here."""
@@ -240,7 +239,7 @@ class Context:
     @property
     def timestamp(self) -> str:
         """When the run began, as in file names: `20261123-143000`."""
-        return self.started.strftime("%Y%m%d-%H%M%S")
+        return self.started.strftime(TIMESTAMP)
 
     @cached_property
     def domain(self) -> Domain:
@@ -356,8 +355,13 @@ def is_list(annotation: Any) -> bool:
     return typing.get_origin(plain_type(annotation)) in (list, tuple)
 
 
-def _absolute(path: Path, workspace: Path) -> Path:
-    text = path.as_posix()
+def _absolute(value: Any, workspace: Path) -> Any:
+    """A path, or a list of them, made absolute; any other value as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(_absolute(one, workspace) for one in value)
+    if not isinstance(value, Path):
+        return value
+    text = value.as_posix()
     if text.startswith(PREFIX):
         return shipped(text.removeprefix(PREFIX))
-    return workspace / path.expanduser()
+    return workspace / value.expanduser()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mtgdm.charts import style
-from mtgdm.charts.export import PNG_SIGNATURE, find_browser, install_hint, write_pngs
+from mtgdm.charts.export import PNG_SIGNATURE, find_browser, font_hint, install_hint, write_pngs
 
 ROOM_S = 60.0
 
@@ -34,6 +34,14 @@ def small_figure(title: str = "故宫博物院") -> style.Figure:
     chart = style.figure(title, "a subtitle with <angle> & brackets", 400)
     style.panel(chart, 1, "Loss", y=(0.0, 1.0))
     chart["data"].append({"type": "scatter", "x": [1, 2, 3], "y": [3, None, 1]})
+    return chart
+
+
+def large_figure() -> style.Figure:
+    """A figure that takes a browser a while, so that it can be killed meanwhile."""
+    chart = small_figure()
+    points = [number * number % 1009 for number in range(60_000)]
+    chart["data"].append(style.line((range(len(points)), points), "long", style.BLUE, 1))
     return chart
 
 
@@ -135,6 +143,55 @@ def test_a_browser_that_dies_is_a_problem_in_one_line(
     assert export.problem is not None
     assert export.problem.startswith("the browser failed: BrowserFailedError: ")
     assert "\n" not in export.problem and len(export.problem) < 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("seconds", ["0.5", "2.5"])
+def test_a_browser_killed_on_the_way_costs_the_charts_and_leaves_nothing(
+    tmp_path: Path,
+    browser: str,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: str,
+) -> None:
+    killed = f'exec timeout -s KILL {seconds} "{browser}" "$@" # {tmp_path}'
+    monkeypatch.setenv("BROWSER_PATH", str(fake_browser(tmp_path, killed)))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    begun = time.monotonic()
+    pictures = {tmp_path / f"{number}.png": large_figure() for number in range(4)}
+    export = write_pngs(pictures, limit_s=ROOM_S)
+    assert time.monotonic() - begun < ROOM_S + 5
+    assert export.problem is not None and export.problem.startswith("the browser ")
+    assert export.hint and not list(tmp_path.glob("*.png"))
+    assert waited_for(lambda: not running(str(tmp_path)) and not list(tmp_path.glob("mtgdm-charts-*")))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the browser is killed by `timeout`")
+def test_a_browser_killed_once_is_started_again(
+    tmp_path: Path, browser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tmp_path / "first"
+    script = (
+        f'[ -e "{first}" ] && exec "{browser}" "$@"\n: > "{first}"\nexec timeout -s KILL 1 "{browser}" "$@"'
+    )
+    monkeypatch.setenv("BROWSER_PATH", str(fake_browser(tmp_path, script)))
+    export = write_pngs({tmp_path / "a.png": small_figure()}, limit_s=2 * ROOM_S)
+    assert (export.problem, len(export.written)) == (None, 1)
+    assert first.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems come with a Chinese font")
+@pytest.mark.parametrize(
+    ("listed", "title", "hinted"), [("", "故宫", True), ("Noto", "故宫", False), ("", "Palace", False)]
+)
+def test_boxes_in_place_of_chinese_are_foretold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str, title: str, hinted: bool
+) -> None:
+    fonts = tmp_path / "fc-list"
+    fonts.write_text(f"#!/bin/sh\necho -n {listed}\n", encoding="utf-8")
+    fonts.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    hint = font_hint({tmp_path / "a.png": small_figure(title)})
+    assert (hint is not None and "no Chinese font" in hint) is hinted
 
 
 def test_a_missing_temporary_folder_costs_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

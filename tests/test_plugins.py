@@ -142,7 +142,7 @@ BASH = shutil.which("bash")
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("mtgdm tea", {"teacher"}),
+        ("mtgdm tea", {"teacher", "teacher-report"}),
         ("mtgdm sho", {"shout"}),
         ("mtgdm shout --wor", {"--word", "--words"}),
         ("mtgdm shout --tone ", {"loud", "louder"}),

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
+from mtgdm.charts.lines import ema, smoothed, thinned
 from mtgdm.charts.style import Figure
 from mtgdm.errors import SettingError, UserError
 from mtgdm.reports.evaluation import describe as describe_evaluation
 from mtgdm.reports.evaluation import read_evaluation, why_bad
 from mtgdm.reports.evaluation_figures import quality_figure, runtime_figure
 from mtgdm.reports.page import marked, page
-from mtgdm.reports.training_figures import ema, loss_figure, optimizer_figure, smoothed, thinned
-from mtgdm.reports.training_run import describe, judge, read_run
+from mtgdm.reports.training_figures import loss_figure, optimizer_figure
+from mtgdm.reports.training_health import describe, judge
+from mtgdm.reports.training_run import read_run
 from mtgdm.reports.values import finite
 from mtgdm.stages.eval_report import run as eval_report
 from mtgdm.stages.report import run as train_report
@@ -150,8 +152,8 @@ def test_eval_loss_that_rises_is_over_fitting(tmp_path: Path) -> None:
     events[-1]["best_step"] = 30
     word, why = verdict(tmp_path, *events)
     assert word == "over-fitting"
-    assert "rose for 3 evaluations, from 1.000 at step 30 to 1.500 at step 60" in why
-    assert "the checkpoint kept is that of step 30" in why
+    assert "rose for 3 evaluations after step 30, from 1.000 to 1.500 at step 60: " in why
+    assert "use that checkpoint, it is the one kept" in why
 
 
 def test_eval_loss_that_still_falls_asks_for_more(tmp_path: Path) -> None:
@@ -227,8 +229,6 @@ def test_smoothing_is_without_bias_and_lag() -> None:
 # --- the train report ----------------------------------------------------------------------------
 
 ODD_RUNS: dict[str, list[Any]] = {
-    "empty": [],
-    "only a start": [{"event": "start", "total_steps": 10}],
     "one point": [{"event": "train", "step": 1, "loss": 2.5}],
     "one evaluation": [{"event": "eval", "step": 5, "eval_loss": 2.0}],
     "nothing but NaN": ['{"event": "train", "step": 1, "loss": NaN, "grad_norm": Infinity}'] * 3,
@@ -291,8 +291,9 @@ def test_the_charts_of_a_train_report_are_drawn_and_linked(tmp_path: Path, brows
     train_metrics(tmp_path, *training_events())
     run = run_stage(train_report, tmp_path)
     assert run.warnings == []
-    pictures = sorted((tmp_path / "data/diagrams").iterdir())
+    pictures = sorted((tmp_path / "data/diagrams").glob("*.png"))
     assert [path.suffixes[-2:] for path in pictures] == [[".loss", ".png"], [".optim", ".png"]]
+    assert all(path.with_suffix(".json").is_file() for path in pictures)
     markdown = next((tmp_path / "data/report").glob("*.md")).read_text(encoding="utf-8")
     links = re.findall(r"!\[.*\]\((.+)\)", markdown)
     assert sorted((tmp_path / "data/report" / link).resolve() for link in links) == pictures

@@ -150,6 +150,8 @@ def _run_child(request: bytes, folder: Path, limit_s: float) -> tuple[int | None
 
 def _last_words(line: str) -> str:
     """The last line of a traceback without the module of the error and without advice for programmers."""
+    if line.endswith("CancelledError"):  # all that kaleido says of a browser killed while it draws
+        return "it ended before the charts were drawn"
     text = re.sub(r"^(?:\w+\.)+(\w+:)", r"\1", line)
     text = re.sub(r"^(\w+: )\('(.*?)', '.*\)$", r"\1\2", text)
     return text if len(text) <= 160 else text[:159] + "…"

@@ -53,6 +53,8 @@ DARK = {
 
 STUDENT, BASE = BLUE, PALE_GREY
 """The two models wear the same colours in every chart and table."""
+SERIES = (BLUE, ORANGE, GREEN, VIOLET, TEAL, RED, GREY)
+"""Things that are set side by side and have no colours of their own, in this order."""
 
 
 def figure(title: str, subtitle: str, height: int, *, left: int = LEFT, top: int = TOP) -> Figure:
@@ -194,6 +196,35 @@ def note(
             "align": anchor,
         }
     )
+
+
+def line(
+    points: tuple[Sequence[float], Sequence[float]],
+    name: str,
+    color: str,
+    width: float,
+    *,
+    number: int = 1,
+    opacity: float = 1.0,
+    **more: Any,
+) -> dict[str, Any]:
+    """A line in panel n; one of few points has markers, for between them nothing is known."""
+    x, y = points
+    few, single = len(x) <= 40, len(x) <= 3
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if few else "lines",
+        "x": list(x),
+        "y": list(y),
+        "xaxis": axis("x", number),
+        "yaxis": axis("y", number),
+        "name": name,
+        "opacity": opacity,
+        "line": {"color": color, "width": width, "simplify": False},
+        "marker": {"color": color, "size": 9 if single else 5.5},
+        "cliponaxis": not few,
+        **more,
+    }
 
 
 def line_shape(

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mtgdm.errors import UserError
 from mtgdm.reports.page import page
 from mtgdm.reports.values import finite
 from mtgdm.rows import replace
-from mtgdm.stage import Context
+from mtgdm.stage import TIMESTAMP, Context
 
 VERSION = 1
 """Of the JSON: raised when a key changes its meaning or goes."""
@@ -31,7 +32,7 @@ class Report:
     """The Markdown, given the links of the charts that were drawn by their names."""
     body: Sequence[str]
     charts: Mapping[str, Figure]
-    """The figures of the PNG files by name: `loss`, `optim`."""
+    """The figures of the PNG files by name: `loss`, `optim`; each is kept as JSON too, to be drawn anew."""
     page_charts: Mapping[str, Figure] = field(default_factory=dict)
     """More figures of the page: `quality-narrow` is `quality` on a phone."""
 
@@ -50,16 +51,18 @@ def publish(
     report: Report,
     context: Context,
     *,
-    name: str,
+    kind: str,
     out_dir: Path,
     diagrams_dir: Path,
     chart_timeout_s: float,
     require_png: bool,
 ) -> Published:
-    """Write `<name>.json`, `.md` and `.html`, then the PNGs; a browser that fails costs a hint, not the report.
+    """Write `<kind>-report-<timestamp>.json`, `.md`, `.html` and the figures as JSON, then the PNGs.
 
-    With `require_png` missing charts are a UserError, raised when everything else is written.
+    A browser that fails costs a hint, not the report; with `require_png` it is a UserError, raised when
+    everything else is written. No earlier report is overwritten.
     """
+    name = _unused_name(kind, context, (out_dir, diagrams_dir))
     files = Published(out_dir / f"{name}.json", out_dir / f"{name}.md", out_dir / f"{name}.html", pictures=[])
     pictures = {chart: diagrams_dir / f"{name}.{chart}.png" for chart in report.charts}
     data = {"version": VERSION, **report.data}
@@ -68,6 +71,8 @@ def publish(
     figures = {**report.charts, **report.page_charts}
     _write(files.html, page(report.title, report.body, figures, plotly_source()))
     drawn = {pictures[chart]: finite(figure) for chart, figure in report.charts.items()}
+    for picture, figure in drawn.items():
+        _write(picture.with_suffix(".json"), json.dumps(figure, ensure_ascii=False) + "\n")
     export = write_pngs(drawn, limit_s=chart_timeout_s)
     files.pictures.extend(export.written)
     if export.problem is None:
@@ -90,6 +95,16 @@ def say_where(files: Published, context: Context) -> None:
     context.print(f"report  {_shown(files.html, context)}   (also .md, .json)")
     if files.pictures:
         context.print(f"charts  {'   '.join(_shown(path, context) for path in files.pictures)}")
+
+
+def _unused_name(kind: str, context: Context, folders: Sequence[Path]) -> str:
+    """The name by the second of the start; a report that has it already leaves the next second to this one."""
+    moment = context.started
+    while True:
+        name = f"{kind}-report-{moment.strftime(TIMESTAMP)}"
+        if not any(any(folder.glob(f"{name}.*")) for folder in folders):
+            return name
+        moment += timedelta(seconds=1)
 
 
 def _write(path: Path, text: str) -> None:

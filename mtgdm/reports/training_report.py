@@ -1,34 +1,72 @@
-"""The train report: what `training_run` found, told as JSON, Markdown, page and charts."""
+"""The train report: what `training_health` found, told as JSON, Markdown, page and charts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtgdm.reports import page
+from mtgdm.charts.style import Figure
+from mtgdm.manifest import Manifest
+from mtgdm.reports import lineage, markdown, page
 from mtgdm.reports.publish import Report
+from mtgdm.reports.training_comparison import compared, comparison_figure
 from mtgdm.reports.training_figures import loss_figure, optimizer_figure
-from mtgdm.reports.training_run import TrainingRun, describe
-from mtgdm.reports.values import brief, clock, share, shown
+from mtgdm.reports.training_health import describe
+from mtgdm.reports.training_run import TrainingRun
+from mtgdm.reports.values import brief, clock, counted, share, shown
 
-TONES = {"healthy": "good", "over-fitting": "warn", "still improving": "info", "diverged": "bad"}
+TONES = {
+    "healthy": "good",
+    "over-fitting": "warn",
+    "under-fitting": "warn",
+    "still improving": "info",
+    "diverged": "bad",
+}
 QUESTIONS = {
     "loss": ("Does it learn, and does what it learns hold elsewhere?", "Loss on train and on val rows."),
     "optim": ("Does it run smoothly?", "Learning rate, gradients and speed at each logged step."),
+    "compare": (
+        "Which run is the better one?",
+        "Loss of all runs; a star is the best evaluation of its run.",
+    ),
 }
+COMPARED = ("run", "verdict", "#best eval loss", "#at step", "#final train loss", "#tokens/s", "#time")
 
 
-def training_report(run: TrainingRun, *, source: str, when: str) -> Report:
-    """The report of one run; `source` is how its metrics file is called, `when` the time of the report."""
-    data = {"kind": "train", "created": when, "metrics_file": source, **describe(run)}
+def training_report(
+    run: TrainingRun,
+    others: Sequence[TrainingRun] = (),
+    *,
+    source: str,
+    when: str,
+    manifests: Sequence[Manifest] = (),
+) -> Report:
+    """The report of a run, beside `others` where there are any.
+
+    `source` is how its metrics file is called, `when` the time of the report; `manifests` tell what the
+    checkpoint was made from.
+    """
+    figures = [describe(one) for one in (run, *others)]
+    comparison = compared([run, *others], figures) if others else None
+    data = {
+        "kind": "train",
+        "created": when,
+        "metrics_file": source,
+        **figures[0],
+        "comparison": comparison,
+        "lineage": [one.model_dump(mode="json") for one in manifests],
+    }
+    charts: dict[str, Figure] = {"loss": loss_figure(run), "optim": optimizer_figure(run)}
+    if others:
+        charts["compare"] = comparison_figure([run, *others])
     title = f"Train report · {when}"
     return Report(
         title=title,
         data=data,
-        markdown=lambda links: _markdown(title, data, links),
-        body=_body(data, source, when),
-        charts={"loss": loss_figure(run), "optim": optimizer_figure(run)},
+        markdown=lambda links: _markdown(title, data, links, manifests),
+        body=_body(data, manifests),
+        charts=charts,
     )
 
 
@@ -39,8 +77,7 @@ def headline(data: Mapping[str, Any]) -> str:
 
 def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The figures that matter: label, value, and what stands under it."""
-    loss, evaluation, steps = data["loss"], data["eval"], data["steps"]
-    total = steps["total"]
+    loss, evaluation = data["loss"], data["eval"]
     figures = [
         (
             "train loss",
@@ -54,71 +91,146 @@ def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             if point:
                 under = f"perplexity {brief(point['perplexity'])} at step {point['step']:,}"
                 figures.append((f"{name} eval loss", shown(point["loss"], 3), under))
-    of = f"of {total:,} planned" if isinstance(total, int) else "logged"
     figures += [
-        ("steps", f"{steps['last']:,}", of if data["complete"] else f"{of}; the run did not end"),
-        ("time", clock(data["seconds"]), f"{brief(data['tokens_per_s']['p50'])} tokens a second"),
-        (
-            "seconds a step",
-            brief(data["step_seconds"]["p50"]),
-            _drift(data),
-        ),
+        ("steps", f"{data['steps']['last']:,}", _planned(data)),
+        ("time", clock(data["seconds"]), _speed(data["tokens_per_s"]["p50"])),
+        ("seconds a step", brief(data["step_seconds"]["p50"]), _drift(data)),
         ("gradient norm", brief(data["gradient_norm"]["p50"]), _gradient_note(data["gradient_norm"])),
-        (
-            "learning rate",
-            brief(data["learning_rate"]["max"]),
-            f"{brief(data['learning_rate']['final'])} at the end",
-        ),
+        ("learning rate", brief(data["learning_rate"]["max"]), _schedule(data["learning_rate"])),
     ]
-    memory = brief(data["peak_memory_mib"])
-    return [*figures, ("peak memory", f"{memory} MiB", "")] if memory != "–" else figures
+    memory = data["peak_memory_mib"]
+    return [*figures, ("peak memory", f"{brief(memory)} MiB", "")] if math.isfinite(memory) else figures
 
 
-def _markdown(title: str, data: Mapping[str, Any], links: Mapping[str, str]) -> str:
-    lines = [f"# {title}", "", f"**{headline(data)}**", ""]
-    lines += [f"- {reason}" for reason in data["reasons"]]
-    lines += ["", "| | | |", "|---|---:|---|"]
-    lines += [f"| {label} | {value} | {under} |" for label, value, under in key_figures(data)]
+def comparison_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    """A row of `COMPARED` for each run; none where there is only one."""
+    comparison = data["comparison"]
+    return [
+        [
+            run["name"],
+            run["verdict"],
+            shown((run["best_eval"] or {}).get("loss"), 3),
+            f"{run['best_eval']['step']:,}" if run["best_eval"] else "–",
+            shown(run["final_train_loss"], 3),
+            brief(run["tokens_per_s"]),
+            clock(run["seconds"]),
+        ]
+        for run in (comparison["runs"] if comparison else ())
+    ]
+
+
+def differing_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each setting that differs: its name, then its value in each run."""
+    comparison = data["comparison"]
+    settings = comparison["settings"] if comparison else {}
+    return [
+        [key, *("–" if value is None else _plain(value) for value in each)] for key, each in settings.items()
+    ]
+
+
+# --- Markdown ------------------------------------------------------------------------------------
+
+
+def _markdown(
+    title: str, data: Mapping[str, Any], links: Mapping[str, str], manifests: Sequence[Manifest]
+) -> str:
+    lines = [f"# {title}", "", f"**{markdown.escape(headline(data))}**", ""]
+    lines += [f"- {markdown.escape(reason)}" for reason in data["reasons"]]
+    figures = [[markdown.escape(cell) for cell in row] for row in key_figures(data)]
+    lines += ["", *markdown.table(["", "#", ""], figures)]
+    lines += _comparison_markdown(data)
     for name, link in links.items():
         question, lead = QUESTIONS[name]
         lines += ["", f"## {question}", "", lead, "", f"![{question}]({link})"]
-    run = [*_run_facts(data), *((f"`{key}`", value) for key, value in _settings(data))]
+    run = [*_run_facts(data), *_settings(data)]
     if run:
-        lines += ["", "## The run", "", "| | |", "|---|---|"]
-        lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in run]
+        coded = [(markdown.escape(key), markdown.code(value)) for key, value in run]
+        lines += ["", "## The run", "", *markdown.table(["", ""], coded)]
     lines += _notes(data)
-    lines += ["", f"Made from `{data['metrics_file']}`.", ""]
+    lines += ["", *lineage.in_markdown(manifests), f"Made from {markdown.code(data['metrics_file'])}.", ""]
     return "\n".join(lines)
 
 
-def _body(data: Mapping[str, Any], source: str, when: str) -> list[str]:
-    verdict = data["verdict"]
-    kicker = f"mtgdm train report · {when} · {data['run'].get('base_model', 'unknown base')}"
+def _comparison_markdown(data: Mapping[str, Any]) -> list[str]:
+    if not data["comparison"]:
+        return []
+    rows = [[markdown.escape(cell) for cell in row] for row in comparison_rows(data)]
+    names = [markdown.escape(run["name"]) for run in data["comparison"]["runs"]]
+    settings = [
+        [markdown.code(key), *(markdown.code(value) for value in each)] for key, *each in differing_rows(data)
+    ]
+    lines = ["", "## The runs", "", *markdown.table(COMPARED, rows), ""]
+    if not settings:
+        return [*lines, "No setting differs between them."]
+    return [*lines, "Settings that differ:", "", *markdown.table(["setting", *names], settings)]
+
+
+def _notes(data: Mapping[str, Any]) -> list[str]:
+    notes = [f"- {markdown.escape(note)}" for note in data["notes"]]
+    warnings = ["", "The log warns:", "", *(f"    {line}" for line in data["warnings"])]
+    return (
+        ["", "## Notes", "", *notes, *(warnings if data["warnings"] else [])]
+        if notes or data["warnings"]
+        else []
+    )
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def _body(data: Mapping[str, Any], manifests: Sequence[Manifest]) -> list[str]:
+    verdict, base = data["verdict"], data["run"].get("base_model")
+    kicker = f"mtgdm train report · {data['created']}" + (f" · {base}" if base else "")
+    pill = (verdict, TONES.get(verdict, ""))
     body = [
-        page.header(
-            kicker, _sentence(_outcome(data)), pill=(verdict, TONES.get(verdict, "")), lines=data["reasons"]
-        ),
+        page.header(kicker, _sentence(_outcome(data)), pill=pill, lines=data["reasons"]),
         page.cards(key_figures(data)),
     ]
-    body += [page.chart(name, *text) for name, text in QUESTIONS.items()]
-    run, settings = _run_facts(data), _settings(data)
-    if run:
-        content = [page.table(["what", "value"], _coded(run))]
-        if settings:
-            summary = f"{len(settings)} settings"
-            content.append(page.details(summary, page.table(["setting", "value"], _coded(settings))))
-        body.append(page.section("The run", "", *content))
+    if data["comparison"]:
+        body += [page.chart("compare", *QUESTIONS["compare"]), _comparison_section(data)]
+    body += [page.chart(name, *QUESTIONS[name]) for name in ("loss", "optim")]
+    body += [_run_section(data), page.lineage(manifests)]
     notes = [*data["notes"], *data["warnings"]]
     if notes:
         items = "".join(f"<li>{page.escape(note)}</li>" for note in notes)
         body.append(page.section("Notes", "", f"<ul>{items}</ul>"))
-    body.append(f"<footer>Made from <code>{page.escape(source)}</code>.</footer>")
+    body.append(f"<footer>Made from <code>{page.escape(data['metrics_file'])}</code>.</footer>")
     return body
+
+
+def _comparison_section(data: Mapping[str, Any]) -> str:
+    rows = [
+        [page.escape(name), page.tagged(verdict, TONES.get(verdict, "")), *map(page.escape, cells)]
+        for name, verdict, *cells in comparison_rows(data)
+    ]
+    names = [run["name"] for run in data["comparison"]["runs"]]
+    settings = [[f"<code>{page.escape(cell)}</code>" for cell in row] for row in differing_rows(data)]
+    differ = page.table(["setting that differs", *names], settings)
+    same = '<p class="soft">No setting differs between them.</p>'
+    return page.section("The runs", "", page.table(COMPARED, rows), differ if settings else same)
+
+
+def _run_section(data: Mapping[str, Any]) -> str:
+    run, settings = _run_facts(data), _settings(data)
+    if not run:
+        return ""
+    content = [page.table(["what", "value"], _coded(run))]
+    if settings:
+        summary = f"{len(settings)} settings"
+        content.append(page.details(summary, page.table(["setting", "value"], _coded(settings))))
+    return page.section("The run", "", *content)
+
+
+def _coded(facts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(page.escape(key), f"<code>{page.escape(value)}</code>") for key, value in facts]
+
+
+# --- words ---------------------------------------------------------------------------------------
 
 
 def _outcome(data: Mapping[str, Any]) -> str:
     """Where the run came out, without the verdict."""
-    steps = f"{data['steps']['last']:,} steps"
+    steps = counted(data["steps"]["last"], "step")
     best = (data["eval"] or {}).get("best")
     if best:
         return (
@@ -135,26 +247,32 @@ def _run_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), _plain(value)) for key, value in {**start, **end}.items()]
 
 
-def _coded(facts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(page.escape(key), f"<code>{page.escape(value)}</code>") for key, value in facts]
-
-
 def _settings(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings = data["run"].get("settings")
     return [(key, _plain(value)) for key, value in settings.items()] if isinstance(settings, dict) else []
 
 
-def _notes(data: Mapping[str, Any]) -> list[str]:
-    notes = [f"- {note}" for note in data["notes"]]
-    warnings = ["", "The log warns:", "", "```", *data["warnings"], "```"] if data["warnings"] else []
-    return ["", "## Notes", "", *notes, *warnings] if notes or warnings else []
+def _planned(data: Mapping[str, Any]) -> str:
+    total = data["steps"]["total"]
+    of = f"of {total:,} planned" if total else "logged"
+    return of if data["complete"] else f"{of}; the run did not end"
+
+
+def _speed(tokens_per_s: float) -> str:
+    return f"{brief(tokens_per_s)} tokens a second" if math.isfinite(tokens_per_s) else ""
+
+
+def _schedule(rate: Mapping[str, Any]) -> str:
+    if rate["max_step"] is None:
+        return "not logged"
+    return f"most at step {rate['max_step']:,}, {brief(rate['final'])} at the end"
 
 
 def _gradient_note(gradients: Mapping[str, Any]) -> str:
     if gradients["max_step"] is None:
         return "not logged"
     spikes = gradients["spikes"]
-    tail = f", {spikes} spike{'' if spikes == 1 else 's'}" if spikes else ""
+    tail = f", {spikes:,} spike{'' if spikes == 1 else 's'}" if spikes else ""
     return f"most {brief(gradients['max'])} at step {gradients['max_step']:,}{tail}"
 
 
@@ -170,6 +288,8 @@ def _plain(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(one)}" for key, one in value.items())
     return value if isinstance(value, str) else str(value)
 
 
@@ -177,10 +297,6 @@ def _less(reduction: float) -> str:
     if not math.isfinite(reduction):
         return ""
     return f"{reduction:.0%} less" if reduction >= 0 else f"{-reduction:.0%} more"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _sentence(text: str) -> str:

@@ -61,7 +61,7 @@ def run(config: EvalReportConfig, context: Context) -> Result:
     files = publish(
         report,
         context,
-        name=f"eval-report-{context.timestamp}",
+        kind="eval",
         out_dir=config.out_dir,
         diagrams_dir=config.diagrams_dir,
         chart_timeout_s=config.chart_timeout_s,

@@ -289,6 +289,7 @@ def _train(
         "trainable_parameters": trainable,
         "device": placement.device,
         "processes": processes.count(),
+        "max_grad_norm": trainer.MAX_GRAD_NORM,
         "layout": asdict(layout),
         "expected_memory_mib": expected.in_mib() if expected else None,
         "settings": _shaping(config),

@@ -24,6 +24,8 @@ from mtgdm.student.packing import Batches, Item, Layout, Rows, collate
 from mtgdm.student.resume import WholeCheckpoint
 from mtgdm.student.watch import Points, TriesFirst, Watch
 
+MAX_GRAD_NORM = 1.0
+"""Gradients of a larger norm are clipped to it."""
 EVAL_POSITIONS = 16_384
 """Most positions of a batch while the loss on `val` is measured."""
 EVAL_ROOM = 4
@@ -322,6 +324,7 @@ def _arguments(
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup if total_steps(settings) > 1 else 0,  # its first step has a rate of 0
         weight_decay=settings.weight_decay,
+        max_grad_norm=MAX_GRAD_NORM,
         per_device_train_batch_size=settings.layout.batch,
         gradient_accumulation_steps=settings.layout.grad_accum,
         run_name=settings.run_name or None,
