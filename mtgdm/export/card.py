@@ -23,7 +23,7 @@ _METRICS = (
     ("fact_recall", "fact recall"),
     ("unsupported_facts", "unsupported facts a row"),
 )
-NOT_A_HUB_ID = "mtgdm-tiny"
+_TOY = "mtgdm-tiny"
 ADAPTER = "gguf-adapter"
 
 
@@ -45,6 +45,7 @@ class Card:
     domain: str
     languages: Sequence[str]
     base_model: str
+    base_is_on_hub: bool
     base_revision: str | None
     licence: Mapping[str, str]
     """`license` and what else the Hub knows of it: `license_name`, `license_link`."""
@@ -70,7 +71,7 @@ class Card:
         revision = f" (revision `{self.base_revision}`)" if self.base_revision else ""
         yield f"A LoRA student of `{self.base_model}`{revision} for the domain *{self.domain}*,"
         yield f"distilled with mtgdm {self.version}."
-        if self.base_model == NOT_A_HUB_ID:
+        if self.base_model == _TOY:
             yield ""
             yield "**This is a toy.** Its base is a tiny model that comes with mtgdm to show the chain working"
             yield "on a CPU: it copies what the prompt holds into the asked layout and knows nothing of the world."
@@ -94,7 +95,7 @@ class Card:
             "pipeline_tag": "text-generation",
             "datasets": [*self.datasets],
         }
-        if self.base_model != NOT_A_HUB_ID:
+        if self.base_is_on_hub:
             front["base_model"] = self.base_model
             whole = self.merged or any(file.quant != ADAPTER for file in self.files)
             front["base_model_relation"] = "finetune" if whole else "adapter"
