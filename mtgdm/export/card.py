@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mtgdm.export.folder import in_words
+from mtgdm.export.lineage import told
 
 if TYPE_CHECKING:
     from mtgdm.export.merge import Merged
@@ -209,7 +210,7 @@ class Card:
         if isinstance(settings, Mapping):
             yield from ("", "<details><summary>Settings of the training</summary>", "")
             yield from ("| setting | value |", "|---|---|")
-            yield from (f"| {key} | {value} |" for key, value in settings.items() if value is not None)
+            yield from (f"| {key} | {told(str(value))} |" for key, value in settings.items() if value is not None)
             yield from ("", "</details>")
 
     def _limits(self) -> Iterator[str]:
