@@ -25,6 +25,7 @@ from mtgdm.export.weights import (
     Planned,
     Stored,
     Weights,
+    is_finite,
     is_float,
     named_dtype,
     width,
@@ -145,8 +146,8 @@ class _Merger:
         """A tensor as it is written; UserError where it is no number, or none in that dtype."""
         exact = self.exact(name)
         cast = exact.to(self.dtype)
-        if not torch.isfinite(cast).all():
-            if torch.isfinite(exact).all():
+        if not is_finite(cast):
+            if is_finite(exact):
                 raise UserError(f"a weight of {name} is too large for float16", hint="--dtype bfloat16")
             raise UserError(f"a merged weight of {name} is infinite or no number", where=self.weights.folder)
         return cast
