@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -162,7 +163,7 @@ def _write(
         writer.write_ti_data_to_file()
         (file,) = writer.fout
         writer.write_padding(file, file.tell())
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with _alone(), ThreadPoolExecutor(os.cpu_count()) as threads:
             for one in plan:
                 for chunk in _chunks(one, weights, found, config, threads):
                     file.write(chunk.data)
@@ -250,6 +251,17 @@ def _end_of_turn(merged: Path, template: str) -> int:
 # --- encoding ------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let torch compute on the thread that asks: its own threads spin between two chunks, three times the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _chunks(
     planned: _Planned,
     weights: Weights,
@@ -267,9 +279,7 @@ def _chunks(
         tensor = architectures.interleave(tensor, architectures.head_size(config))
     rows = max(1, _CHUNK_NUMBERS // prod(tensor.shape[1:]))
     parts = (tensor[first : first + rows] for first in range(0, len(tensor), rows))
-    # Torch casts on all cores by itself; numpy leaves that to us, and lets other threads run while it computes.
-    each = threads.map if planned.type == GGMLQuantizationType.Q8_0 else map
-    return each(lambda part: encode(part, planned.type, planned.name), parts)
+    return threads.map(lambda part: encode(part, planned.type, planned.name), parts)
 
 
 def encode(rows: torch.Tensor, wanted: GGMLQuantizationType, name: str = "") -> Array:

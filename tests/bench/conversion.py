@@ -100,7 +100,8 @@ def speed(folder: Path, quant: str, numbers: int, runs: int) -> None:
     ours, plain = (4 * numbers / 1e6 / statistics.median(side) for side in zip(*pairs, strict=True))
     ratio = statistics.median(theirs / own for own, theirs in pairs)
     print(
-        f"{quant}: {ours:,.0f} MB a second of CPU time, plain numpy {plain:,.0f}, {ratio:.2f} times as fast (median of {runs})"
+        f"{quant}: {ours:,.0f} MB a second of CPU time, plain numpy {plain:,.0f}, {ratio:.2f} times as fast "
+        f"(median of {runs})"
     )
 
 
