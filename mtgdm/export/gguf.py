@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from mtgdm.errors import UserError
 from mtgdm.export import architectures, quantize, vocabulary
 from mtgdm.export.architectures import Family
-from mtgdm.export.weights import Weights, is_finite
+from mtgdm.export.weights import Weights, ignore, is_finite, width
 
 Quant = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 QUANTS: tuple[Quant, ...] = get_args(Quant)
@@ -72,10 +72,6 @@ class _Planned:
     def bytes(self) -> int:
         block, size = gguf.GGML_QUANT_SIZES[self.type]
         return prod(self.shape) // int(block) * int(size)
-
-
-def ignore(_: int) -> None:
-    """Progress that nobody looks at."""
 
 
 def convert(
@@ -169,16 +165,13 @@ def _write(
                     file.write(chunk.data)
                 writer.write_padding(file, one.bytes)
                 if one.source is not None:
-                    advance(weights.stored[one.source].numbers * _item_bytes(weights, one.source))
+                    stored = weights.stored[one.source]
+                    advance(stored.numbers * width(stored.dtype))
         writer.flush()
         os.fsync(file.fileno())
     finally:
         writer.close()
     return len(plan)
-
-
-def _item_bytes(weights: Weights, name: str) -> int:
-    return 4 if weights.stored[name].dtype == "F32" else 2
 
 
 def _plan(

@@ -25,6 +25,7 @@ from mtgdm.export.weights import (
     Planned,
     Stored,
     Weights,
+    ignore,
     is_finite,
     is_float,
     named_dtype,
@@ -59,10 +60,6 @@ class Merged:
     """Why the logits were not compared."""
 
 
-def ignore(_: int) -> None:
-    """Progress that nobody looks at."""
-
-
 def merge(
     checkpoint: Path,
     base: str,
@@ -80,10 +77,13 @@ def merge(
     does not fit, where a merged weight is no number, and where the merged model does not answer like base and
     adapter.
     """
-    adapter = lora.read(checkpoint)
-    merger = _Merger(
-        Weights(folder_of(base, name)), adapter, load_config(base, name), _dtype(base, name, dtype)
-    )
+    adapter, config = lora.read(checkpoint), load_config(base, name)
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"the base {name} is stored quantized, and an adapter is merged into full precision",
+            hint="`base_model` in training.json may name the model in full precision that it was made from",
+        )
+    merger = _Merger(Weights(folder_of(base, name)), adapter, config, _dtype(base, name, dtype))
     adapter.check({one: stored.shape for one, stored in merger.stored.items()}, name, checkpoint)
     parameters = sum(stored.numbers for stored in merger.stored.values())
     unproved = _too_large(parameters)
