@@ -210,7 +210,9 @@ class Card:
         if isinstance(settings, Mapping):
             yield from ("", "<details><summary>Settings of the training</summary>", "")
             yield from ("| setting | value |", "|---|---|")
-            yield from (f"| {key} | {told(str(value))} |" for key, value in settings.items() if value is not None)
+            yield from (
+                f"| {key} | {told(str(value))} |" for key, value in settings.items() if value is not None
+            )
             yield from ("", "</details>")
 
     def _limits(self) -> Iterator[str]:
