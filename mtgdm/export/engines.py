@@ -148,7 +148,9 @@ def opened(file: Path, chat: Chat, positions: int) -> Iterator[tuple[EngineName,
                 verbose=False,
             )
         except ValueError as error:
-            raise UserError(f"llama.cpp cannot load this file: {(said or [str(error)])[0]}", where=file) from error
+            raise UserError(
+                f"llama.cpp cannot load this file: {(said or [str(error)])[0]}", where=file
+            ) from error
         try:
             yield "llama.cpp", LlamaCpp(llama, _normalizes(chat))
         finally:
