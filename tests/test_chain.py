@@ -64,7 +64,15 @@ def test_every_file_of_the_contract_is_there(whole: CommandLine) -> None:
         assert list((folder / "log").glob(f"{kind}-*.log"))
     assert list((folder / "log").glob("teacher-*.log"))
     export = folder / "data/export/base-student"
-    assert {path.name for path in export.iterdir()} == {"adapter", "merged", "README.md", "SHA256SUMS"}
+    assert {path.name for path in export.iterdir()} == {
+        "adapter",
+        "merged",
+        "base-student-q8_0.gguf",
+        "Modelfile",
+        "README.md",
+        "provenance.json",
+        "SHA256SUMS",
+    }
 
 
 @pytest.mark.skipif(BROWSER is None and "CI" not in os.environ, reason="no browser on this machine")

@@ -201,6 +201,13 @@ def test_a_file_of_another_student_is_found_out(student: Student, tmp_path: Path
     assert any("mean KL" in failure for failure in proof.failures("q4_k_m", "bfloat16"))
 
 
+def test_a_file_that_cannot_be_loaded_is_one_line(student: Student, tmp_path: Path) -> None:
+    file = written(student, tmp_path / "f32.gguf")
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"f32\.gguf: llama\.cpp cannot load this file"):
+        prove(student, [file])
+
+
 def test_a_file_that_cannot_be_quantized_says_why(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"no GGUF at all")
     with pytest.raises(UserError, match="could not quantize to q4_k_m") as caught:

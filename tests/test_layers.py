@@ -31,6 +31,7 @@ HEAVY = (
     "sacrebleu",
     "rapidfuzz",
     "bitsandbytes",
+    "gguf",
 )
 
 

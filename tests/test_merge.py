@@ -103,6 +103,16 @@ def test_an_adapter_of_another_base_is_refused(bases: Path, tmp_path: Path) -> N
         merged_into(tmp_path / "merged", bases / "qwen3", checkpoint)
 
 
+def test_a_base_that_is_stored_quantized_is_refused(bases: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen3")
+    base = make_family(tmp_path / "base", "qwen3")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8", newline="\n")
+    with pytest.raises(UserError, match="stored quantized"):
+        merged_into(tmp_path / "merged", base, checkpoint)
+
+
 def test_a_base_in_shards_becomes_shards_that_transformers_reads(bases: Path, tmp_path: Path) -> None:
     with quiet():
         from transformers import AutoModelForCausalLM

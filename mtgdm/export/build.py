@@ -13,7 +13,7 @@ from mtgdm import __version__, rows
 from mtgdm.errors import UserError
 from mtgdm.export import folder, gguf, lora_gguf, merge, parity
 from mtgdm.export.card import ADAPTER, Card, File, proof_cells
-from mtgdm.export.lineage import lineage
+from mtgdm.export.lineage import lineage, told
 from mtgdm.export.merge import Dtype, Merged
 from mtgdm.export.modelfile import Modelfile
 from mtgdm.export.parity import Proof
@@ -66,7 +66,7 @@ def build(order: Order, student: Trained, context: Context, target: Path) -> dic
             "student": order.student,
             "fingerprint": order.fingerprint,
             "mtgdm": __version__,
-            "base_model": student.base_model,
+            "base_model": told(student.base_model),
             "base_revision": student.revision,
             "formats": list(order.formats),
             "merged": asdict(merged) if merged else None,
@@ -149,8 +149,8 @@ def _proved(
             advance=bar.advance,
         )
     context.terminal.table(
-        ["file", "compared by", "#tokens equal", "#mean KL", "#top-1", "#greedy equal"],
-        [[path.name, *proof_cells(proof.as_dict())] for path, proof in zip(paths, proofs, strict=True)],
+        ["type", "compared by", "#tokens equal", "#mean KL", "#top-1", "#greedy equal"],
+        [[quant, *proof_cells(proof.as_dict())] for quant, proof in zip(quants, proofs, strict=True)],
     )
     for path, proof in zip(paths, proofs, strict=True):
         context.log.info("%s: %s", path.name, proof)
@@ -197,7 +197,8 @@ def _card(
         student=order.student,
         domain=context.domain_name,
         languages=context.domain.languages,
-        base_model=student.base_model,
+        base_model=told(student.base_model),
+        base_is_on_hub=student.is_on_hub,
         base_revision=student.revision,
         licence=order.licence,
         datasets=order.datasets,

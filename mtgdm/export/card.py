@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mtgdm.export.folder import in_words
+from mtgdm.export.lineage import told
 
 if TYPE_CHECKING:
     from mtgdm.export.merge import Merged
@@ -23,7 +24,7 @@ _METRICS = (
     ("fact_recall", "fact recall"),
     ("unsupported_facts", "unsupported facts a row"),
 )
-NOT_A_HUB_ID = "mtgdm-tiny"
+_TOY = "mtgdm-tiny"
 ADAPTER = "gguf-adapter"
 
 
@@ -45,6 +46,7 @@ class Card:
     domain: str
     languages: Sequence[str]
     base_model: str
+    base_is_on_hub: bool
     base_revision: str | None
     licence: Mapping[str, str]
     """`license` and what else the Hub knows of it: `license_name`, `license_link`."""
@@ -70,7 +72,7 @@ class Card:
         revision = f" (revision `{self.base_revision}`)" if self.base_revision else ""
         yield f"A LoRA student of `{self.base_model}`{revision} for the domain *{self.domain}*,"
         yield f"distilled with mtgdm {self.version}."
-        if self.base_model == NOT_A_HUB_ID:
+        if self.base_model == _TOY:
             yield ""
             yield "**This is a toy.** Its base is a tiny model that comes with mtgdm to show the chain working"
             yield "on a CPU: it copies what the prompt holds into the asked layout and knows nothing of the world."
@@ -94,7 +96,7 @@ class Card:
             "pipeline_tag": "text-generation",
             "datasets": [*self.datasets],
         }
-        if self.base_model != NOT_A_HUB_ID:
+        if self.base_is_on_hub:
             front["base_model"] = self.base_model
             whole = self.merged or any(file.quant != ADAPTER for file in self.files)
             front["base_model_relation"] = "finetune" if whole else "adapter"
@@ -208,7 +210,9 @@ class Card:
         if isinstance(settings, Mapping):
             yield from ("", "<details><summary>Settings of the training</summary>", "")
             yield from ("| setting | value |", "|---|---|")
-            yield from (f"| {key} | {value} |" for key, value in settings.items() if value is not None)
+            yield from (
+                f"| {key} | {told(str(value))} |" for key, value in settings.items() if value is not None
+            )
             yield from ("", "</details>")
 
     def _limits(self) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from mtgdm.errors import UserError
 from mtgdm.export import architectures, quantize
 from mtgdm.student import generation
 from mtgdm.student.chat import Chat
@@ -134,17 +135,22 @@ def opened(file: Path, chat: Chat, positions: int) -> Iterator[tuple[EngineName,
         return
     import llama_cpp
 
-    with quantize.log():
-        llama = llama_cpp.Llama(
-            str(file),
-            n_ctx=positions,
-            n_threads=_THREADS,
-            n_threads_batch=_THREADS,
-            logits_all=True,
-            type_k=llama_cpp.GGML_TYPE_F32,
-            type_v=llama_cpp.GGML_TYPE_F32,
-            verbose=False,
-        )
+    with quantize.log() as said:
+        try:
+            llama = llama_cpp.Llama(
+                str(file),
+                n_ctx=positions,
+                n_threads=_THREADS,
+                n_threads_batch=_THREADS,
+                logits_all=True,
+                type_k=llama_cpp.GGML_TYPE_F32,
+                type_v=llama_cpp.GGML_TYPE_F32,
+                verbose=False,
+            )
+        except ValueError as error:
+            raise UserError(
+                f"llama.cpp cannot load this file: {(said or [str(error)])[0]}", where=file
+            ) from error
         try:
             yield "llama.cpp", LlamaCpp(llama, _normalizes(chat))
         finally:

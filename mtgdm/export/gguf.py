@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +20,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from mtgdm.errors import UserError
 from mtgdm.export import architectures, quantize, vocabulary
 from mtgdm.export.architectures import Family
-from mtgdm.export.weights import Weights
+from mtgdm.export.weights import Weights, ignore, is_finite, width
 
 Quant = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 QUANTS: tuple[Quant, ...] = get_args(Quant)
@@ -36,8 +37,14 @@ _SOURCE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 """The type that holds a stored dtype without loss, which the k-quants are made from."""
 _LEFT_OUT = ("rotary_emb.inv_freq",)
 """Buffers in old files, which the configuration tells as well."""
-_CHUNK_NUMBERS = 2**22
-"""So many numbers are encoded at once: 16 MiB in float32, which several threads hold side by side."""
+_CASTS = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+_Q8_BLOCK_BYTES = 34
+_CHUNK_NUMBERS = 2**20
+"""So many numbers are encoded at once: 4 MiB in float32."""
 _BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.8, "q4_k_m": 5.0}
 """Bits a weight as llama.cpp's mixes come out (embeddings wider than the rest), for estimates."""
 
@@ -65,10 +72,6 @@ class _Planned:
     def bytes(self) -> int:
         block, size = gguf.GGML_QUANT_SIZES[self.type]
         return prod(self.shape) // int(block) * int(size)
-
-
-def ignore(_: int) -> None:
-    """Progress that nobody looks at."""
 
 
 def convert(
@@ -154,20 +157,21 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+        with _alone(), ThreadPoolExecutor(os.cpu_count()) as threads:
             for one in plan:
-                writer.write_tensor_data(_encoded(one, weights, found, config, threads))
+                for chunk in _chunks(one, weights, found, config, threads):
+                    file.write(chunk.data)
+                writer.write_padding(file, one.bytes)
                 if one.source is not None:
-                    advance(weights.stored[one.source].numbers * _item_bytes(weights, one.source))
+                    stored = weights.stored[one.source]
+                    advance(stored.numbers * width(stored.dtype))
         writer.flush()
-        os.fsync(writer.fout[0].fileno())
+        os.fsync(file.fileno())
     finally:
         writer.close()
     return len(plan)
-
-
-def _item_bytes(weights: Weights, name: str) -> int:
-    return 4 if weights.stored[name].dtype == "F32" else 2
 
 
 def _plan(
@@ -240,50 +244,53 @@ def _end_of_turn(merged: Path, template: str) -> int:
 # --- encoding ------------------------------------------------------------------------------------
 
 
-def _encoded(
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let torch compute on the thread that asks: its own threads spin between two chunks, three times the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _chunks(
     planned: _Planned,
     weights: Weights,
     found: Family,
     config: Mapping[str, Any],
     threads: ThreadPoolExecutor,
-) -> Array:
-    """The bytes of a tensor in its GGUF type."""
+) -> Iterable[Array]:
+    """The bytes of a tensor in its GGUF type, some rows at a time."""
     if planned.source is None:
         factors = architectures.rope_factors(config)
         assert factors is not None
-        return factors
+        return [factors]
     tensor = weights.tensor(planned.source)
     if architectures.interleaved(found, planned.source):
         tensor = architectures.interleave(tensor, architectures.head_size(config))
-    if len(planned.shape) == 1:
-        return encode(tensor.reshape(1, -1), planned.type, planned.name).reshape(-1)
-    rows = max(1, _CHUNK_NUMBERS // planned.shape[-1])
-    parts: Sequence[torch.Tensor] = torch.split(tensor, rows)
-    out: Array = np.empty((planned.shape[0], planned.bytes // planned.shape[0]), np.uint8)
-    places = range(0, planned.shape[0], rows)
-
-    def fill(part: torch.Tensor, place: int) -> None:
-        out[place : place + len(part)] = encode(part, planned.type, planned.name)
-
-    # numpy and torch let the other threads run while they compute.
-    list(threads.map(fill, parts, places))
-    return out
+    rows = max(1, _CHUNK_NUMBERS // prod(tensor.shape[1:]))
+    parts = (tensor[first : first + rows] for first in range(0, len(tensor), rows))
+    return threads.map(lambda part: encode(part, planned.type, planned.name), parts)
 
 
 def encode(rows: torch.Tensor, wanted: GGMLQuantizationType, name: str = "") -> Array:
-    """Rows of weights as bytes of a GGUF type, (rows, bytes of a row); UserError for what is no number in it."""
-    if wanted == GGMLQuantizationType.F16:
-        cast = rows.half()
-    elif wanted == GGMLQuantizationType.BF16:
-        cast = rows.bfloat16()
-    else:
-        cast = rows.float()
-    if not torch.isfinite(cast).all():
-        reason = "is infinite or no number" if not torch.isfinite(rows).all() else "is too large for float16"
-        raise UserError(
-            f"a weight of {name} {reason}", hint=None if "no number" in reason else "--quantize bf16"
-        )
+    """Weights as bytes of a GGUF type, rows by bytes of a row; UserError for one that is no number in it."""
     if wanted == GGMLQuantizationType.Q8_0:
-        blocks: Array = gguf.quantize(cast.numpy(), wanted)
+        blocks: Array = gguf.quantize(rows.float().numpy(), wanted)
+        # Each block begins with its scale, which is made from its largest weight and keeps what is no number.
+        scales = np.ascontiguousarray(blocks.reshape(-1, _Q8_BLOCK_BYTES)[:, :2]).view(np.float16)
+        if not np.isfinite(scales).all():
+            raise _no_number(rows, name)
         return blocks
-    return cast.contiguous().view(torch.uint8).numpy()
+    cast = rows.to(_CASTS[wanted]).contiguous()
+    if not is_finite(cast):
+        raise _no_number(rows, name)
+    return cast.view(torch.uint8).numpy()
+
+
+def _no_number(rows: torch.Tensor, name: str) -> UserError:
+    if is_finite(rows):
+        return UserError(f"a weight of {name} is too large for float16", hint="--quantize bf16")
+    return UserError(f"a weight of {name} is infinite or no number")

@@ -12,8 +12,9 @@ import torch
 
 from mtgdm.errors import UserError
 from mtgdm.export import architectures, lora
-from mtgdm.export.gguf import Written, ignore, name_map
+from mtgdm.export.gguf import Written, name_map
 from mtgdm.export.lora import Lora
+from mtgdm.export.weights import ignore
 
 _MERGE = "--formats merged,gguf holds the same student whole"
 

@@ -25,6 +25,8 @@ from mtgdm.export.weights import (
     Planned,
     Stored,
     Weights,
+    ignore,
+    is_finite,
     is_float,
     named_dtype,
     width,
@@ -58,10 +60,6 @@ class Merged:
     """Why the logits were not compared."""
 
 
-def ignore(_: int) -> None:
-    """Progress that nobody looks at."""
-
-
 def merge(
     checkpoint: Path,
     base: str,
@@ -79,10 +77,13 @@ def merge(
     does not fit, where a merged weight is no number, and where the merged model does not answer like base and
     adapter.
     """
-    adapter = lora.read(checkpoint)
-    merger = _Merger(
-        Weights(folder_of(base, name)), adapter, load_config(base, name), _dtype(base, name, dtype)
-    )
+    adapter, config = lora.read(checkpoint), load_config(base, name)
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"the base {name} is stored quantized, and an adapter is merged into full precision",
+            hint="`base_model` in training.json may name the model in full precision that it was made from",
+        )
+    merger = _Merger(Weights(folder_of(base, name)), adapter, config, _dtype(base, name, dtype))
     adapter.check({one: stored.shape for one, stored in merger.stored.items()}, name, checkpoint)
     parameters = sum(stored.numbers for stored in merger.stored.values())
     unproved = _too_large(parameters)
@@ -145,8 +146,8 @@ class _Merger:
         """A tensor as it is written; UserError where it is no number, or none in that dtype."""
         exact = self.exact(name)
         cast = exact.to(self.dtype)
-        if not torch.isfinite(cast).all():
-            if torch.isfinite(exact).all():
+        if not is_finite(cast):
+            if is_finite(exact):
                 raise UserError(f"a weight of {name} is too large for float16", hint="--dtype bfloat16")
             raise UserError(f"a merged weight of {name} is infinite or no number", where=self.weights.folder)
         return cast

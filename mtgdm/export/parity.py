@@ -18,7 +18,7 @@ import psutil
 
 from mtgdm.export import engines, quantize
 from mtgdm.export.engines import Array, Engine, EngineName, Trained
-from mtgdm.export.weights import Weights
+from mtgdm.export.weights import Weights, ignore
 from mtgdm.rows import Row
 from mtgdm.student import generation
 from mtgdm.student.base import place
@@ -122,7 +122,7 @@ def prove(
     name: str,
     workspace: Path,
     merged: Path,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None] = ignore,
 ) -> Proof:
     """Compare one GGUF with the trained model of a checkpoint; see `prove_all`."""
     return prove_all(
@@ -138,19 +138,19 @@ def prove_all(
     name: str,
     workspace: Path,
     merged: Path,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None] = ignore,
 ) -> list[Proof]:
     """Compare GGUF files with the trained model, base and adapter in float32, on rows that end with an answer.
 
     `merged` is the folder they were made from, `advance` gets a 1 after every row of every file.
     """
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    if reason := _not_provable(files, rows, config, merged):
-        return [Proof(reason=reason) for _ in files]
     chat = generation.load_chat(str(checkpoint), name, workspace)
+    longest = max((len(chat.tokens(chat.text(row.messages, ask=False))) for row in rows), default=0)
+    if reason := _not_provable(files, longest, config, merged):
+        return [Proof(reason=reason) for _ in files]
     model = generation.load(str(checkpoint), name, place("cpu"), workspace=workspace, load_in_4bit=False)
     trained = Trained(model, chat)
-    longest = max(len(chat.tokens(chat.text(row.messages, ask=False))) for row in rows)
     proofs = []
     for file in files:
         with engines.opened(file, chat, longest + GREEDY_TOKENS + 1) as (engine_name, engine):
@@ -158,10 +158,8 @@ def prove_all(
     return proofs
 
 
-def _not_provable(
-    files: Sequence[Path], rows: Sequence[Row], config: Mapping[str, Any], merged: Path
-) -> str | None:
-    if not rows:
+def _not_provable(files: Sequence[Path], longest: int, config: Mapping[str, Any], merged: Path) -> str | None:
+    if longest == 0:
         return "there are no rows of the split val to compare on"
     if not quantize.is_installed() and not engines.read_rightly_by_transformers(config):
         return (
@@ -170,6 +168,8 @@ def _not_provable(
         )
     weights = sum(stored.numbers for stored in Weights(merged).stored.values())
     needed = 4 * weights + max(file.stat().st_size for file in files)
+    # The logits of the longest row, once on each side and once in llama.cpp's own table.
+    needed += 3 * 4 * longest * int(config["vocab_size"])
     needed += 0 if quantize.is_installed() else 4 * weights
     free = psutil.virtual_memory().available
     if needed > _MEMORY_SHARE * free:
@@ -183,7 +183,7 @@ def compare(
     chat: Chat,
     rows: Sequence[Row],
     engine: EngineName,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None] = ignore,
 ) -> Proof:
     """Ask both the same rows: tokens of prompt and answer, logits along them, and the answer each would write."""
     sums, same_tokens, same_answers = _Sums(), 0, 0

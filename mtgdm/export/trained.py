@@ -86,10 +86,15 @@ class Trained:
         number = stored if isinstance(stored, torch.dtype) else torch.bfloat16
         return self.parameters * number.itemsize
 
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the base is known by its Hub id rather than by a folder."""
+        return not Path(self.source).is_dir()
+
     @cached_property
     def revision(self) -> str | None:
         """The commit of the base on the Hub, where it comes from there."""
-        if Path(self.source).is_dir():
+        if not self.is_on_hub:
             return None
         path = try_to_load_from_cache(self.source, "config.json")
         return Path(path).parent.name if isinstance(path, str) else None
@@ -169,7 +174,7 @@ class Trained:
         """What the base's own card says of its licence; empty where it is not at hand."""
         if self.base_model == TINY:
             return {"license": "mit"}
-        if Path(self.source).is_dir():
+        if not self.is_on_hub:
             path = Path(self.source) / "README.md"
         else:
             try:

@@ -27,6 +27,10 @@ _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
+def ignore(_: int) -> None:
+    """Progress that nobody looks at."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """Where a tensor lies and what it is."""
@@ -62,11 +66,6 @@ class Weights:
         """A tensor as it is stored."""
         tensor: torch.Tensor = self._file(name).get_tensor(name)
         return tensor
-
-    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """The rows `first` to `last` (excluded) of a tensor of two dimensions."""
-        part: torch.Tensor = self._file(name).get_slice(name)[first:last]
-        return part
 
     def _file(self, name: str) -> Any:
         path = self.stored[name].file
@@ -110,6 +109,12 @@ def _header(path: Path) -> dict[str, Any]:
 def is_float(dtype: str) -> bool:
     """Whether a stored dtype is one of weights, which a merge may cast."""
     return dtype in _DTYPES
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every weight is a number; ten times as fast as to ask each, for the extremes keep what is none."""
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def named_dtype(dtype: torch.dtype) -> str:

@@ -173,7 +173,7 @@ def run(config: PackageConfig, context: Context) -> Result:
         if server is not None:
             _create_in_ollama(config, context, student, server, target)
         if config.push:
-            _push(config, context, target)
+            _push(config, context, student, target)
         return _result(about, target)
 
 
@@ -387,12 +387,16 @@ def _create_in_ollama(
         )
 
 
-def _push(config: PackageConfig, context: Context, target: Path) -> None:
+def _push(config: PackageConfig, context: Context, student: Trained, target: Path) -> None:
     """List what would go to the Hub; with --push-now send it."""
     from mtgdm.export import folder, hub
 
     files = hub.listing(target)
     context.terminal.table(["file", "#size"], [[name, folder.in_words(size)] for name, size in files])
+    if Path(student.base_model).is_absolute():
+        context.warn(
+            f"the adapter names a folder of this machine as its base, {student.base_model}: others cannot follow it"
+        )
     total = f"{len(files):,} files, {folder.in_words(folder.size_of(target))}"
     if not config.push_now:
         context.print(f"{total} would go to {config.push}: --push-now uploads them")
