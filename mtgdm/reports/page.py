@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mtgdm.charts.style import DARK, Figure
-from mtgdm.reports.values import finite
+from mtgdm.manifest import Manifest, SettingValue
+from mtgdm.reports.lineage import SHORT, changed, chosen_settings
+from mtgdm.reports.values import clock, finite
 
 Tone = str
 """`good`, `bad`, `warn`, `info`, or empty."""
@@ -82,6 +84,57 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def details(summary: str, *content: str) -> str:
     """Something to open; both are HTML."""
     return f"<details><summary>{summary}</summary>{''.join(content)}</details>"
+
+
+def lineage(manifests: Sequence[Manifest]) -> str:
+    """What was run, on what and with which settings, the nearest stage first; nothing without a manifest."""
+    if not manifests:
+        return ""
+    anew = changed(manifests)
+    lead = "From the manifests beside the files: each stage that led here, the last one first."
+    return section("What it was made from", lead, *(_run(one, anew) for one in manifests))
+
+
+def _run(made: Manifest, anew: set[tuple[str, str]]) -> str:
+    """One stage of a lineage, to be opened."""
+    summary = (
+        f"<b>{escape(made.stage)}</b> <span class='soft'>{made.started:%Y-%m-%d %H:%M} · {clock(made.seconds)} · "
+        f"profile {escape(made.profile)}</span>"
+    )
+    inputs = [
+        (
+            f"<code>{escape(state.path)}</code>",
+            f"<code title='{state.sha256}'>{state.sha256[:SHORT]}</code>",
+            f"{state.bytes:,}"
+            + (tagged("made anew since", "warn") if (state.path, state.sha256) in anew else ""),
+        )
+        for state in made.inputs
+    ]
+    chosen = chosen_settings(made)
+    rest = {key: setting for key, setting in made.settings.items() if key not in chosen}
+    versions = " · ".join(f"{name} {version}" for name, version in made.versions.items())
+    return details(
+        summary,
+        f"<p>{escape(made.summary)}</p>" if made.summary else "",
+        table(["input", "sha256", "#bytes"], inputs) if inputs else "",
+        _settings(chosen) if chosen else "",
+        details(f"<span class='soft'>{len(rest)} settings at their default</span>", _settings(rest))
+        if rest
+        else "",
+        f"<p class='soft'>{escape(versions)}</p>",
+    )
+
+
+def _settings(settings: Mapping[str, SettingValue]) -> str:
+    rows = [
+        (
+            f"<code>{escape(key)}</code>",
+            f"<code>{escape(json.dumps(setting.value, ensure_ascii=False))}</code>",
+            escape(setting.source),
+        )
+        for key, setting in settings.items()
+    ]
+    return table(["setting", "value", "from"], rows)
 
 
 def texts(blocks: Sequence[tuple[str, str, bool]]) -> str:
