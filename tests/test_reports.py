@@ -15,10 +15,10 @@ import pytest
 
 from mtgdm.charts.style import Figure
 from mtgdm.errors import SettingError, UserError
-from mtgdm.reports.evaluation import describe as describe_evaluation
 from mtgdm.reports.evaluation import read_evaluation, why_bad
 from mtgdm.reports.evaluation_figures import quality_figure, runtime_figure
-from mtgdm.reports.page import marked, page
+from mtgdm.reports.evaluation_summary import describe as describe_evaluation
+from mtgdm.reports.page import page
 from mtgdm.reports.training_figures import ema, loss_figure, optimizer_figure, smoothed, thinned
 from mtgdm.reports.training_run import describe, judge, read_run
 from mtgdm.reports.values import finite
@@ -439,7 +439,6 @@ def test_an_evaluation_without_a_base_compares_nothing(tmp_path: Path) -> None:
 
 
 ODD_EVALUATIONS: dict[str, list[Any]] = {
-    "empty": [],
     "one row": eval_rows()[:1],
     "one spot": eval_rows(spots=["故宫"]),
     "rows without spot and type": [
@@ -502,30 +501,7 @@ def eval_outputs(workspace: Path, rows: list[dict[str, Any]]) -> None:
     write_lines(workspace / "data/eval_outputs.jsonl", *texts, '{"id": "torn')
 
 
-@pytest.mark.usefixtures("no_browser")
-def test_the_page_shows_texts_of_the_same_evaluation_only(tmp_path: Path) -> None:
-    rows = eval_rows()
-    rows[6]["metrics"]["char_f1"] = 0.3
-    eval_metrics_file(tmp_path, *rows)
-    eval_outputs(tmp_path, rows)
-    run = run_stage(eval_report, tmp_path)
-    html = next((tmp_path / "data/report").glob("*.html")).read_text(encoding="utf-8")
-    assert report_json(run)["model"] == "data/checkpoints/tiny-lora"
-    assert "故宫始建于14<mark>2</mark>0年" in html
-    assert "<b>&lt;b&gt;钟山&lt;/b&gt;</b>" in html and "<b><b>" not in html
-    for row in rows:
-        row["metrics"] = row["metrics"] | {"char_f1": 0.6}
-    eval_outputs(tmp_path, rows)
-    assert report_json(run_stage(eval_report, tmp_path))["model"] is None
-
-
 # --- the page ------------------------------------------------------------------------------------
-
-
-def test_what_leaves_the_reference_is_marked() -> None:
-    assert marked("始建于1420年", "始建于1406年") == "始建于14<mark>2</mark>0年"
-    assert marked("a<b", "a<b") == "a&lt;b"
-    assert "<mark>" not in marked("完全不同", "故宫博物院")
 
 
 def test_nothing_in_a_page_can_end_its_scripts() -> None:
