@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import random
@@ -27,6 +26,7 @@ from mtgdm.stages.report import run as train_report
 from mtgdm.testing import StageRun
 from mtgdm.testing import run as run_stage
 from tests.conftest import write_lines
+from tests.pages import Look, look_at
 from tests.test_charts import browser, fake_browser  # noqa: F401 - a fixture
 
 SPOTS = ["故宫博物院", "嘉峪关文物景区", "<b>钟山</b>", "苏州园林", "蜈支洲岛", "九寨沟", "平遥古城"]
@@ -485,8 +485,8 @@ def test_the_worst_rows_come_first_with_the_reason(tmp_path: Path) -> None:
     assert why_bad(evaluation.rows[0]) == []
 
 
-def eval_outputs(workspace: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows of `eval` to these metrics, and a torn line at the end."""
+def eval_outputs(workspace: Path, rows: list[dict[str, Any]], *, torn: bool = True) -> None:
+    """The rows of `eval` to these metrics, and with `torn` what a kill left at the end."""
     texts = [
         {
             "id": row["id"],
@@ -498,7 +498,8 @@ def eval_outputs(workspace: Path, rows: list[dict[str, Any]]) -> None:
         }
         for row in rows
     ]
-    write_lines(workspace / "data/eval_outputs.jsonl", *texts, '{"id": "torn')
+    end = ['{"id": "torn'] if torn else []
+    write_lines(workspace / "data/eval_outputs.jsonl", *texts, *end)
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -526,52 +527,6 @@ def test_the_page_works_in_a_browser_without_the_network(
     run_stage(train_report, tmp_path)
     pages = sorted((tmp_path / "data/report").glob("*.html"))
     assert len(pages) == 2
-    looks = [(path, *look) for path in pages for look in ((1200, "light"), (390, "dark"))]
-    for place, (problems, drawn) in zip(looks, asyncio.run(visit(browser, looks)), strict=True):
-        assert problems == [], place
-        assert drawn == {"charts": 2, "drawn": 2, "overflow": False}, place
-
-
-async def visit(chrome_path: str, looks: list[tuple[Path, int, str]]) -> list[tuple[list[str], Any]]:
-    """Open pages in a browser: what went wrong (errors, requests beyond the file), and what was drawn."""
-    import choreographer
-
-    found = []
-    async with choreographer.Browser(path=chrome_path, headless=True) as chrome:
-        for path, width, scheme in looks:
-            tab = await chrome.create_tab("about:blank")
-            problems: list[str] = []
-
-            async def note(message: Any, problems: list[str] = problems, own: str = path.as_uri()) -> None:
-                url = message["params"].get("request", {}).get("url")
-                if url is None or (url != own and not url.startswith("data:")):
-                    problems.append(str(message["params"])[:300])
-
-            for event in ("Runtime.exceptionThrown", "Log.entryAdded", "Network.requestWillBeSent"):
-                tab.subscribe(event, note)
-            for domain in ("Runtime", "Log", "Network", "Page"):
-                await tab.send_command(f"{domain}.enable")
-            size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
-            await tab.send_command("Emulation.setDeviceMetricsOverride", params=size)
-            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-            await tab.send_command("Emulation.setEmulatedMedia", params=media)
-            await tab.send_command("Page.navigate", params={"url": path.as_uri()})
-            drawn: Any = None
-            for _ in range(100):
-                await asyncio.sleep(0.1)
-                drawn = await measured(tab)
-                if drawn and drawn["charts"] and drawn["charts"] == drawn["drawn"]:
-                    break
-            found.append((problems, drawn))
-    return found
-
-
-async def measured(tab: Any) -> Any:
-    """The charts of the page, how many of them hold a drawing, and whether it is wider than the screen."""
-    script = """JSON.stringify({
-      charts: document.querySelectorAll('[data-figure]').length,
-      drawn: [...document.querySelectorAll('[data-figure]')].filter(e => e.querySelector('.main-svg')).length,
-      overflow: document.documentElement.scrollWidth > window.innerWidth})"""
-    answer = await tab.send_command("Runtime.evaluate", params={"expression": script})
-    value = answer.get("result", {}).get("result", {}).get("value")
-    return json.loads(value) if value else None
+    looks = [Look(path, *screen) for path in pages for screen in ((1200, "light"), (360, "dark"))]
+    for look, seen in zip(looks, look_at(browser, *looks), strict=True):
+        assert (seen.problems, seen.charts, seen.overflow) == ([], 2, 0), look

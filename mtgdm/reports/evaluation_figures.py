@@ -38,6 +38,8 @@ MOST_ROWS = 3000
 MOST_ROWS_NAMED = 200
 """Among more dots than this a name is only noise."""
 BINS = 24
+FAR = 3.0
+"""So many times the 95th percentile is where a histogram ends: one slow row must not squeeze all others."""
 SLOW = 1.2
 """A row is slow that takes this many times the median."""
 
@@ -108,7 +110,9 @@ def runtime_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
     _course_panel(chart, 5, "Output tokens over the run", evaluation, "output_tokens", bands[-1])
     for number in (3, 4):
         chart["layout"][f"xaxis{number}"] |= {"showticklabels": False, "matches": "x5"}
-    chart["layout"]["xaxis5"]["title"]["text"] = "row, in the order of evaluation"
+    # A note, because plotly loses the place of an axis title where the axes are matched and the page is printed.
+    text = "row, in the order of evaluation"
+    note(chart, text, x=0.5, y=0, size=12.5, color=SOFT_INK, shift=(0, -42))
     _legend(chart, evaluation)
     return chart
 
@@ -234,37 +238,49 @@ def _spread_panel(
         nothing_here(chart, number, "not in the metrics file")
         _keep_axes(chart, number)
         return
-    low, high = min(every), max(every)
-    low = 0.0 if 0 <= low < 0.4 * high else low
-    width = (high - low) / BINS or max(abs(high), 1.0) / BINS
+    # From 0 on: an axis cut off below makes two models of nearly the same speed look far apart.
+    low = min(0.0, *every)
+    high = min(max(every), FAR * max(percentile(values, 0.95) for values in (student, base) if values))
+    width = (high - low) / BINS or 1.0 / BINS
     traces = [
         _bars(values, low, width, BINS, number, color, name)
         for values, color, name in ((base, BASE, "base"), (student, STUDENT, "student"))
         if values
     ]
     chart["data"] += traces
+    beyond = sum(value > high for value in every)
     highest = max(count for trace in traces for count in trace["y"])
     rows_title = {"text": "rows", "font": {"size": 12, "color": SOFT_INK}}
-    y_axis = {"nticks": 5, "range": [0, highest * 1.3], "title": rows_title}
-    x_axis = {"range": [low - (0.5 * width if low else 0), low + width * (BINS + 1.5)]}
+    y_axis = {"nticks": 5, "range": [0, highest * 1.45], "title": rows_title}
+    x_axis = {"range": [low, low + width * (BINS + 0.5)]}
+    title += f" (last bar: {beyond:,} beyond {_short(high)} too)" if beyond else ""
     panel(chart, number, title, x=across, y=band, y_axis=y_axis, x_axis=x_axis)
-    for share, anchor, shift in ((0.5, "right", -5), (0.95, "left", 5)):
-        value = percentile(student, share)
-        if len(student) >= 3:
-            line_shape(chart, number=number, color=STUDENT, x=value, dash="dot")
-            axes = (axis("x", number), f"{axis('y', number)} domain")
-            text = f"p{share * 100:.0f} {_short(value)}"
-            note(
-                chart,
-                text,
-                x=value,
-                y=1.0,
-                size=11.5,
-                color=STUDENT,
-                anchor=anchor,
-                shift=(shift, -9),
-                axes=axes,
-            )
+    if len(student) >= 3:
+        _mark_percentiles(chart, number, student, low, high)
+
+
+def _mark_percentiles(chart: Figure, number: int, values: Sequence[float], low: float, high: float) -> None:
+    """Lines at the median and the 95th percentile, their texts at two heights, on the side with more room."""
+    axes = (axis("x", number), f"{axis('y', number)} domain")
+    for share, lines_down in ((0.5, 1), (0.95, 0)):
+        value = percentile(values, share)
+        line_shape(chart, number=number, color=STUDENT, x=value, dash="dot")
+        anchor, shift = ("right", -5) if value > (low + high) / 2 else ("left", 5)
+        text = f"p{share * 100:.0f} {_short(value)}"
+        place = (shift, -9 - 17 * lines_down)
+        behind = faded(PAPER, 0.8)
+        note(
+            chart,
+            text,
+            x=value,
+            y=1.0,
+            size=11.5,
+            color=STUDENT,
+            anchor=anchor,
+            shift=place,
+            axes=axes,
+            behind=behind,
+        )
 
 
 def _course_panel(

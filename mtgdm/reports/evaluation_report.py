@@ -34,7 +34,7 @@ def evaluation_report(
     """
     rows = rows_of_page(evaluation, outputs)
     made = trace(outputs, workspace) if rows.texts == len(evaluation.rows) else []
-    _add_notes(evaluation, rows, leaked)
+    _add_notes(evaluation, rows, leaked, workspace)
     data = {
         "kind": "eval",
         "created": when,
@@ -59,7 +59,7 @@ def evaluation_report(
     )
 
 
-def _add_notes(evaluation: Evaluation, rows: RowsOfPage, leaked: int) -> None:
+def _add_notes(evaluation: Evaluation, rows: RowsOfPage, leaked: int, workspace: Path) -> None:
     notes = evaluation.notes
     if leaked:
         notes.insert(
@@ -70,4 +70,6 @@ def _add_notes(evaluation: Evaluation, rows: RowsOfPage, leaked: int) -> None:
     if evaluation.refused:
         notes.append(f"{counted(evaluation.refused, 'row')} could not be asked and stand in no figure")
     if rows.problem:
-        notes.append(f"{rows.problem}; texts from there on are missing")
+        bad = rows.problem
+        place = f"{relative(bad.path, workspace)}:{bad.line}"
+        notes.append(f"{place}: {bad.reason}; the texts of rows from there on are missing")

@@ -68,8 +68,8 @@ class RowsOfPage:
     texts: int = 0
     """How many rows have their texts."""
     models: list[str] = field(default_factory=list)
-    problem: str | None = None
-    """Where the file of texts could not be read any further, and why."""
+    problem: BadRow | None = None
+    """Where the file of texts could not be read any further."""
 
     @property
     def cut(self) -> bool:
@@ -89,7 +89,7 @@ def rows_of_page(evaluation: Evaluation, outputs: Path, *, room: int = ROOM) -> 
     missing = {row.id: row for row in evaluation.rows}
     systems: dict[str, int] = {}
     models: dict[str, None] = {}
-    problem = None
+    problem: BadRow | None = None
     try:
         for text in _texts(outputs):
             row = missing.get(identity := _identity(text))
@@ -102,7 +102,7 @@ def rows_of_page(evaluation: Evaluation, outputs: Path, *, room: int = ROOM) -> 
                 value = _row(row, orders[row.id], columns) | _its_texts(text, systems)
                 kept.add(places[row.id], page.for_script(value))
     except BadRow as error:
-        problem = str(error)
+        problem = error
     for row in missing.values():
         if kept.wants(places[row.id]):
             kept.add(places[row.id], page.for_script(_row(row, orders[row.id], columns)))
