@@ -14,7 +14,7 @@ import pytest
 
 from mtgdm.charts.style import Figure
 from mtgdm.errors import SettingError, UserError
-from mtgdm.reports.evaluation import read_evaluation, why_bad
+from mtgdm.reports.evaluation import read_evaluation
 from mtgdm.reports.evaluation_figures import quality_figure, runtime_figure
 from mtgdm.reports.evaluation_summary import describe as describe_evaluation
 from mtgdm.reports.page import page
@@ -411,9 +411,9 @@ def test_a_student_is_not_blamed_for_what_its_teacher_did_too(tmp_path: Path) ->
     rows = eval_rows()[:1]
     rows[0]["metrics"] |= {"unsupported_facts": 2, "fact_recall": 0.4, "repetition": 0.6}
     alone = read_evaluation(eval_metrics_file(tmp_path, *rows)).rows[0]
-    assert why_bad(alone) == ["states 40% of the facts", "2 unsupported claims", "repeats itself"]
+    assert alone.why_bad == ["states 40% of the facts", "2 unsupported claims", "repeats itself"]
     taught = with_teacher(rows, unsupported_facts=2, fact_recall=0.4, repetition=0.5)
-    assert why_bad(read_evaluation(eval_metrics_file(tmp_path, *taught)).rows[0]) == []
+    assert read_evaluation(eval_metrics_file(tmp_path, *taught)).rows[0].why_bad == []
 
 
 @pytest.mark.usefixtures("no_browser")
@@ -456,8 +456,9 @@ def test_an_eval_report_is_written_over_any_metrics(name: str, tmp_path: Path) -
     path = eval_metrics_file(tmp_path, *ODD_EVALUATIONS[name])
     assert report_json(run_stage(eval_report, tmp_path))["rows"] == len(ODD_EVALUATIONS[name])
     evaluation = read_evaluation(path)
+    figures = describe_evaluation(evaluation)
     for narrow in (False, True):
-        strict_figure(quality_figure(evaluation, narrow=narrow))
+        strict_figure(quality_figure(evaluation, figures, narrow=narrow))
         strict_figure(runtime_figure(evaluation, narrow=narrow))
 
 
@@ -482,7 +483,7 @@ def test_the_worst_rows_come_first_with_the_reason(tmp_path: Path) -> None:
         "breaks its contract",
         "little in common with the reference",
     ]
-    assert why_bad(evaluation.rows[0]) == []
+    assert evaluation.rows[0].why_bad == []
 
 
 def eval_outputs(workspace: Path, rows: list[dict[str, Any]], *, torn: bool = True) -> None:

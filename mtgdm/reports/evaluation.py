@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 from mtgdm.errors import BadRow, UserError
 from mtgdm.rows import is_manifest, read_lines
 from mtgdm.scoring import failures
-from mtgdm.scoring.failures import number
-from mtgdm.scoring.statistics import Interval, mean_interval
 
 Who = Literal["student", "base", "teacher"]
 
@@ -51,7 +52,10 @@ _JUDGED = {"score", "student_first", "student_second"}
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One evaluated row: what it is about, and the metrics of student and base."""
+    """One evaluated row: what it is about, and the metrics of student and base.
+
+    Figures are finite numbers or None; what was NaN in the file is None.
+    """
 
     id: str
     spot: str | None
@@ -73,6 +77,21 @@ class EvalRow:
     def unit(self) -> str:
         """What is resampled: the spot, or the row where no spot is named."""
         return self.spot or self.id
+
+    @cached_property
+    def why_bad(self) -> list[str]:
+        """What is wrong with the answer, in words; nothing where it is as it should be."""
+        return failures.why_bad(self.student, self.teacher)
+
+    @cached_property
+    def badness(self) -> float:
+        """How much is wrong with the answer."""
+        return failures.badness(self.student)
+
+    @cached_property
+    def gain(self) -> float | None:
+        """How much less is wrong with the answer than with the base's; None without a base."""
+        return None if self.base is None else failures.badness(self.base) - self.badness
 
 
 @dataclass
@@ -164,35 +183,18 @@ def newest_with_rows(folder: Path, pattern: str) -> tuple[Path, list[Path]]:
 
 
 def values_of(rows: Iterable[EvalRow], key: str, who: Who = "student") -> list[float]:
-    """The finite values of a metric over the rows that have it."""
-    return [value for row in rows if (value := number(row.of(who), key)) is not None]
-
-
-def interval_of(rows: Sequence[EvalRow], key: str, who: Who = "student") -> Interval:
-    """The mean of a metric with its interval, whole spots resampled."""
-    known = [(row.unit, value) for row in rows if (value := number(row.of(who), key)) is not None]
-    return mean_interval([value for _, value in known], groups=[unit for unit, _ in known])
+    """The values of a metric over the rows that have it."""
+    # attrgetter, because this is gone through some hundred times where the rows are a hundred thousand.
+    return [
+        value
+        for metrics in map(attrgetter(who), rows)
+        if metrics is not None and (value := metrics.get(key)) is not None
+    ]
 
 
 def worst(rows: Sequence[EvalRow], most: int = 10) -> list[EvalRow]:
     """The rows with most wrong in them."""
-    bad = [row for row in rows if why_bad(row)]
-    return sorted(bad, key=lambda row: -badness(row))[:most]
-
-
-def badness(row: EvalRow) -> float:
-    """How much is wrong with the student's answer."""
-    return failures.badness(row.student)
-
-
-def gain_over_base(row: EvalRow) -> float | None:
-    """How much less is wrong with the student's answer than with its base's; None without a base."""
-    return None if row.base is None else failures.badness(row.base) - badness(row)
-
-
-def why_bad(row: EvalRow) -> list[str]:
-    """What is wrong with a row's answer, in words; nothing where it is as it should be."""
-    return failures.why_bad(row.student, row.teacher)
+    return sorted((row for row in rows if row.why_bad), key=lambda row: -row.badness)[:most]
 
 
 def label(key: str) -> str:
@@ -238,30 +240,39 @@ def _unreadable(lines: Sequence[int], last: int) -> list[str]:
 
 
 def _row(value: Mapping[str, Any], path: Path, line: int) -> EvalRow:
-    for key in ("metrics", "base_metrics", "reference_metrics"):
-        _check(value.get(key), key, path, line)
+    student, base, teacher = (
+        _metrics(value.get(key), key, path, line) for key in ("metrics", "base_metrics", "reference_metrics")
+    )
+    assert student is not None
     return EvalRow(
         id=str(value.get("id") or f"line {line}"),
         spot=_text(value.get("spot")),
         province=_text(value.get("province")),
         type=_text(value.get("type")) or "untyped",
-        student=value["metrics"],
-        base=value.get("base_metrics"),
-        teacher=value.get("reference_metrics"),
+        student=student,
+        base=base,
+        teacher=teacher,
         judge=_judge(value.get("judge"), path, line),
         leaked=value.get("leaked") is True,
     )
 
 
-def _check(metrics: Any, name: str, path: Path, line: int) -> None:
-    """BadRow where metrics are no object, or one of those that are reported is no number."""
+def _metrics(metrics: Any, name: str, path: Path, line: int) -> dict[str, Any] | None:
+    """Metrics as a file holds them; BadRow where they are no object, or what is reported is no number."""
     if metrics is None:
-        return
+        return None
     if not isinstance(metrics, dict):
         raise BadRow(path, line, f"`{name}` is no object but {type(metrics).__name__}")
     for key in _NUMBERS & metrics.keys():
         if metrics[key] is not None and not _is_number(metrics[key]):
             raise BadRow(path, line, f"`{name}.{key}` is no number: {str(metrics[key])[:40]!r}")
+    return without_nan(metrics)
+
+
+def without_nan(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The same metrics where all are finite, else a copy with None for those that are not."""
+    known = [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    return metrics | dict.fromkeys(known) if known else metrics
 
 
 def _judge(judge: Any, path: Path, line: int) -> dict[str, Any] | None:

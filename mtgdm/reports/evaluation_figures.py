@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtgdm.charts.style import (
@@ -26,7 +26,7 @@ from mtgdm.charts.style import (
     panel,
     stacked,
 )
-from mtgdm.reports.evaluation import METRICS, EvalRow, Evaluation, Metric, Who, interval_of, values_of
+from mtgdm.reports.evaluation import METRICS, EvalRow, Evaluation, Metric, Who, values_of
 from mtgdm.reports.values import counted
 from mtgdm.scoring.statistics import percentile
 
@@ -44,20 +44,24 @@ SLOW = 1.2
 """A row is slow that takes this many times the median."""
 
 
-def quality_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
-    """Base against student for each metric with 95 % intervals, over all rows and (not narrow) by type."""
-    columns: list[tuple[str, Sequence[EvalRow]]] = [("All rows", evaluation.rows)]
-    if len(evaluation.types) > 1 and not narrow:
-        sizes = sorted(evaluation.types, key=lambda name: -len(evaluation.of_type(name)))[:MOST_TYPES]
-        columns += [(name, evaluation.of_type(name)) for name in evaluation.types if name in sizes]
-    unseen = len(evaluation.types) - len(columns) + 1 if len(columns) > 1 else 0
-    charted = [metric for metric in METRICS if metric.charted]
-    shares = [
-        metric for metric in charted if not metric.lower_is_better and values_of(evaluation.rows, metric.key)
-    ]
-    counts = [
-        metric for metric in charted if metric.lower_is_better and values_of(evaluation.rows, metric.key)
-    ]
+Figures = Mapping[str, Any]
+"""What `describe` says of some rows."""
+
+
+def quality_figure(evaluation: Evaluation, figures: Figures, *, narrow: bool = False) -> Figure:
+    """Base against student for each metric with 95 % intervals, over all rows and (not narrow) by type.
+
+    `figures` is what `describe` found of the evaluation.
+    """
+    columns: list[tuple[str, Sequence[EvalRow], Figures]] = [("All rows", evaluation.rows, figures)]
+    by_type = figures["by_type"]
+    if len(by_type) > 1 and not narrow:
+        largest = sorted(by_type, key=lambda name: -by_type[name]["rows"])[:MOST_TYPES]
+        columns += [(name, evaluation.of_type(name), by_type[name]) for name in by_type if name in largest]
+    unseen = len(by_type) - len(columns) + 1 if len(columns) > 1 else 0
+    charted = [metric for metric in METRICS if metric.charted and metric.key in figures["student"]]
+    shares = [metric for metric in charted if not metric.lower_is_better]
+    counts = [metric for metric in charted if metric.lower_is_better]
     subtitle = _subtitle(evaluation) + " · mean with 95 % interval, spots resampled"
     subtitle += f" · {counted(unseen, 'smaller type')} left out" if unseen else ""
     chart = figure(
@@ -67,19 +71,19 @@ def quality_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
     bands = stacked(heights, 0.125)
     widths = beside([1.55] + [1.0] * (len(columns) - 1), 0.035) if len(columns) > 1 else [(0.0, 1.0)]
     most = max(
-        (value for _, rows in columns for metric in counts for value in _reach(rows, metric)), default=0.5
+        (value for *_, found in columns for metric in counts for value in _reach(found, metric)), default=0.5
     )
     number = 0
-    for place, ((title, rows), across) in enumerate(zip(columns, widths, strict=True)):
+    for place, ((title, rows, found), across) in enumerate(zip(columns, widths, strict=True)):
         first = place == 0
         heading = f"{title} ({len(rows):,})"
         number += 1
-        _dumbbells(chart, number, heading, rows, shares, across, bands[0], labels=first, top=1.0)
+        _dumbbells(chart, number, heading, found, shares, across, bands[0], labels=first, top=1.0)
         number += 1
         _histogram(chart, number, rows, across, bands[1], labels=first)
         if counts:
             number += 1
-            _dumbbells(chart, number, "", rows, counts, across, bands[2], labels=first, top=most)
+            _dumbbells(chart, number, "", found, counts, across, bands[2], labels=first, top=most)
     name_panel(chart, "<b>Rows by character F1</b>", x=widths[0][0], y=bands[1][1])
     if counts:
         text = "<b>Unsupported facts a row</b>" + (
@@ -121,7 +125,7 @@ def _dumbbells(
     chart: Figure,
     number: int,
     title: str,
-    rows: Sequence[EvalRow],
+    figures: Figures,
     metrics: Sequence[Metric],
     across: tuple[float, float],
     band: tuple[float, float],
@@ -131,7 +135,7 @@ def _dumbbells(
 ) -> None:
     """One line a metric: the base's mean and the student's, each with its interval, tied together."""
     shares = not metrics or not metrics[0].lower_is_better
-    known = [(metric, _intervals(rows, metric)) for metric in metrics]
+    known = [(metric, _intervals(figures, metric)) for metric in metrics]
     x_axis: dict[str, Any] = (
         {"range": [-0.04, 1.04], "tickvals": [0, 0.25, 0.5, 0.75, 1], "ticktext": ["0", "", "0.5", "", "1"]}
         if shares
@@ -300,7 +304,7 @@ def _course_panel(
     stride = max(1, math.ceil(len(evaluation.rows) / MOST_ROWS))
     drawn = list(enumerate(evaluation.rows, start=1))[::stride]
     for name, color in DRAWN:
-        points = [(place, value, row) for place, row in drawn for value in values_of([row], key, name)]
+        points = [(place, value, row) for place, row in drawn if (value := row.of(name).get(key)) is not None]
         if not points:
             continue
         chart["data"].append(
@@ -480,20 +484,18 @@ def _keep_axes(chart: Figure, number: int) -> None:
     )
 
 
-def _reach(rows: Sequence[EvalRow], metric: Metric) -> list[float]:
+def _reach(figures: Figures, metric: Metric) -> list[float]:
     """How far to the right the means and intervals of a metric go."""
-    return [value for one in _intervals(rows, metric) if one for value in (one[0], one[2]) if value > 0]
+    return [value for one in _intervals(figures, metric) if one for value in (one[0], one[2]) if value > 0]
 
 
 def _intervals(
-    rows: Sequence[EvalRow], metric: Metric
+    figures: Figures, metric: Metric
 ) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:
-    found = []
-    order: tuple[Who, Who] = ("student", "base")
-    for who in order:
-        one = interval_of(rows, metric.key, who)
-        found.append((one.mean, one.low, one.high) if one.rows else None)
-    return found[0], found[1]
+    """Mean, low and high of the student and of the base."""
+    known = [(figures[who] or {}).get(metric.key) for who in ("student", "base")]
+    student, base = ((one["mean"], *one["ci95"]) if one else None for one in known)
+    return student, base
 
 
 def _short(value: float) -> str:

@@ -35,6 +35,7 @@ def evaluation_report(
     rows = rows_of_page(evaluation, outputs)
     made = trace(outputs, workspace) if rows.texts == len(evaluation.rows) else []
     _add_notes(evaluation, rows, leaked, workspace)
+    figures = describe(evaluation)
     data = {
         "kind": "eval",
         "created": when,
@@ -42,7 +43,7 @@ def evaluation_report(
         "metrics_file": source,
         "leaked_rows": leaked,
         "refused_rows": evaluation.refused,
-        **describe(evaluation),
+        **figures,
         "lineage": [one.model_dump(mode="json") for one in made],
     }
     title = f"Eval report · {when}"
@@ -51,9 +52,9 @@ def evaluation_report(
         data=data,
         markdown=lambda links: in_markdown(title, data, made, QUESTIONS, links),
         body=body(data, rows, made, QUESTIONS, when=when, outputs=relative(outputs, workspace)),
-        charts={"quality": quality_figure(evaluation), "runtime": runtime_figure(evaluation)},
+        charts={"quality": quality_figure(evaluation, figures), "runtime": runtime_figure(evaluation)},
         page_charts={
-            "quality-narrow": quality_figure(evaluation, narrow=True),
+            "quality-narrow": quality_figure(evaluation, figures, narrow=True),
             "runtime-narrow": runtime_figure(evaluation, narrow=True),
         },
     )

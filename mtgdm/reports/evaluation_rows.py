@@ -15,9 +15,7 @@ from mtgdm.reports.evaluation import (
     SPREADS,
     EvalRow,
     Evaluation,
-    badness,
-    gain_over_base,
-    why_bad,
+    without_nan,
 )
 from mtgdm.rows import Row, read_rows
 
@@ -40,7 +38,7 @@ def _score(row: EvalRow) -> float | None:
 
 
 VERDICTS: dict[str, Callable[[EvalRow], bool]] = {
-    "something wrong": lambda row: bool(why_bad(row)),
+    "something wrong": lambda row: bool(row.why_bad),
     "exact": lambda row: row.student.get("exact_match") is True,
     "valid": lambda row: True in (row.student.get("contract_valid"), row.student.get("prose_valid")),
     "contract failed": lambda row: row.student.get("contract_valid") is False,
@@ -48,8 +46,8 @@ VERDICTS: dict[str, Callable[[EvalRow], bool]] = {
     "unsupported facts": lambda row: (row.student.get("unsupported_facts") or 0) > 0,
     "wrong language": lambda row: row.student.get("language_ok") is False,
     "cut": lambda row: row.student.get("finish_reason") == "length",
-    "better than base": lambda row: (gain_over_base(row) or 0) >= TOLD,
-    "worse than base": lambda row: (gain_over_base(row) or 0) <= -TOLD,
+    "better than base": lambda row: (row.gain or 0) >= TOLD,
+    "worse than base": lambda row: (row.gain or 0) <= -TOLD,
     "judge: won": lambda row: _score(row) == 1,
     "judge: tie": lambda row: _score(row) == 0.5,
     "judge: lost": lambda row: _score(row) == 0,
@@ -93,7 +91,7 @@ def rows_of_page(evaluation: Evaluation, outputs: Path, *, room: int = ROOM) -> 
     try:
         for text in _texts(outputs):
             row = missing.get(identity := _identity(text))
-            if row is None or not _same(text.rest.get("metrics"), row.student):
+            if row is None or without_nan(text.rest["metrics"]) != row.student:
                 continue
             del missing[identity]
             if model := _model(text):
@@ -152,7 +150,7 @@ class _Kept:
 
 
 def _worst_first(rows: Sequence[EvalRow]) -> list[EvalRow]:
-    return sorted(rows, key=lambda row: (not why_bad(row), -badness(row)))
+    return sorted(rows, key=lambda row: (not row.why_bad, -row.badness))
 
 
 def _columns(rows: Sequence[EvalRow]) -> list[str]:
@@ -176,10 +174,10 @@ def _row(row: EvalRow, order: int, columns: Sequence[str]) -> dict[str, Any]:
         "province": row.province,
         "type": row.type,
         "verdicts": [name for name, holds in VERDICTS.items() if holds(row)],
-        "why": why_bad(row),
+        "why": row.why_bad,
         "problem": row.student.get("problem"),
-        "bad": badness(row),
-        "gain": gain_over_base(row),
+        "bad": row.badness,
+        "gain": row.gain,
     }
     for who in ("student", "base", "teacher"):
         metrics: Mapping[str, Any] | None = getattr(row, who)
@@ -209,17 +207,14 @@ def _its_texts(text: Row, systems: dict[str, int]) -> dict[str, Any]:
 
 def _texts(outputs: Path) -> Iterator[Row]:
     if outputs.is_file():
-        yield from (row for row in read_rows(outputs) if isinstance(row.rest.get("output"), str))
+        for row in read_rows(outputs):
+            if isinstance(row.rest.get("output"), str) and isinstance(row.rest.get("metrics"), dict):
+                yield row
 
 
 def _identity(text: Row) -> str:
     """The id as the metrics name it."""
     return str(text.rest.get("given_id", text.id))
-
-
-def _same(metrics: Any, others: Mapping[str, Any]) -> bool:
-    """Whether two rows have the same metrics; NaN, which equals nothing, is the same as NaN."""
-    return metrics == others or repr(metrics) == repr(others)
 
 
 def _model(text: Row) -> str | None:

@@ -15,13 +15,10 @@ from mtgdm.reports.evaluation import (
     EvalRow,
     Evaluation,
     Who,
-    interval_of,
     label,
     values_of,
-    why_bad,
     worst,
 )
-from mtgdm.scoring.failures import number
 from mtgdm.scoring.statistics import mean_interval, paired_difference, percentile
 
 _VARYING = re.compile(r"'[^']*'|\d[\d.]*%?")
@@ -99,25 +96,25 @@ def _figures(rows: Sequence[EvalRow], who: Who = "student") -> dict[str, Any]:
 
 
 def _means(rows: Sequence[EvalRow], who: Who) -> dict[str, Any]:
+    """The mean of each metric with its interval, whole spots resampled."""
     figures: dict[str, Any] = {}
+    measured = [(row.unit, row.of(who)) for row in rows]
     for metric in (*METRICS, *ALIASES):
-        interval = interval_of(rows, metric.key, who)
-        if interval.rows:
-            figures[metric.key] = {
-                "mean": interval.mean,
-                "ci95": [interval.low, interval.high],
-                "rows": interval.rows,
-            }
+        key = metric.key
+        known = [(unit, value) for unit, found in measured if (value := found.get(key)) is not None]
+        if known:
+            one = mean_interval([value for _, value in known], groups=[unit for unit, _ in known])
+            figures[key] = {"mean": one.mean, "ci95": [one.low, one.high], "rows": one.rows}
     return figures
 
 
 def _differences(rows: Sequence[EvalRow], other: Who) -> dict[str, Any]:
     """What the student gains over another, over the rows where both have a metric."""
     differences: dict[str, Any] = {}
+    measured = [(row.student, row.of(other), row.unit) for row in rows]
     for metric in METRICS:
-        pairs = [
-            (number(row.student, metric.key), number(row.of(other), metric.key), row.unit) for row in rows
-        ]
+        key = metric.key
+        pairs = [(one.get(key), two.get(key), unit) for one, two, unit in measured]
         known = [(one, two, unit) for one, two, unit in pairs if one is not None and two is not None]
         if not known:
             continue
@@ -127,7 +124,7 @@ def _differences(rows: Sequence[EvalRow], other: Who) -> dict[str, Any]:
             groups=[unit for _, _, unit in known],
             lower_is_better=metric.lower_is_better,
         )
-        differences[metric.key] = {
+        differences[key] = {
             "mean": found.mean,
             "ci95": [found.low, found.high],
             "verdict": found.verdict,
@@ -163,7 +160,7 @@ def _judged(rows: Sequence[EvalRow]) -> dict[str, Any] | None:
 
 def _failures(rows: Sequence[EvalRow]) -> dict[str, Any]:
     """How many rows have something wrong, what it is, and which keys of the contracts break."""
-    reasons = [[_VARYING.sub("…", reason) for reason in why_bad(row)] for row in rows]
+    reasons = [[_VARYING.sub("…", reason) for reason in row.why_bad] for row in rows]
     return {
         "rows": sum(map(bool, reasons)),
         "reasons": dict(Counter(reason for found in reasons for reason in found).most_common()),
@@ -182,6 +179,6 @@ def _reference(row: EvalRow) -> dict[str, Any]:
         "id": row.id,
         "spot": row.spot,
         "type": row.type,
-        "char_f1": number(row.student, "char_f1"),
-        "why": why_bad(row),
+        "char_f1": row.student.get("char_f1"),
+        "why": row.why_bad,
     }
