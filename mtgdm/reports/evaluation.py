@@ -117,11 +117,6 @@ class Evaluation:
         return sum(row.leaked for row in self.rows)
 
     @property
-    def types(self) -> list[str]:
-        """The prompt types, in order of appearance."""
-        return list(dict.fromkeys(row.type for row in self.rows))
-
-    @property
     def compared(self) -> bool:
         """Whether any row has metrics of the base."""
         return any(row.base is not None for row in self.rows)
@@ -129,15 +124,6 @@ class Evaluation:
     def of_type(self, name: str) -> list[EvalRow]:
         """The rows of one prompt type."""
         return [row for row in self.rows if row.type == name]
-
-    @property
-    def provinces(self) -> dict[str, list[EvalRow]]:
-        """The rows of each province, those with most rows first; rows that name none are left out."""
-        found: dict[str, list[EvalRow]] = {}
-        for row in self.rows:
-            if row.province is not None:
-                found.setdefault(row.province, []).append(row)
-        return dict(sorted(found.items(), key=lambda pair: -len(pair[1])))
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -164,7 +150,7 @@ def read_evaluation(path: Path) -> Evaluation:
     evaluation.rows, evaluation.models = list(rows.values()), list(models)
     evaluation.refused = len(refused - rows.keys())
     if not rows:
-        raise _nothing(path, holds=line > len(unreadable), refused=len(refused))
+        raise _no_row(path, line, len(unreadable), len(refused))
     evaluation.notes += _unreadable(unreadable, line)
     return evaluation
 
@@ -215,17 +201,16 @@ def _is_evaluated(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("metrics"), dict)
 
 
-def _nothing(path: Path, *, holds: bool, refused: int) -> UserError:
+def _no_row(path: Path, lines: int, unreadable: int, refused: int) -> UserError:
     """The error of a file without an evaluated row."""
+    again = "run `mtgdm eval` again"
     if refused:
-        return UserError(
-            f"no row was evaluated, {refused:,} could not be asked", where=path, hint="run `mtgdm eval` again"
-        )
-    if holds:
-        return UserError(
-            "this holds no eval metrics", where=path, hint="name a log/eval-*.metrics.jsonl file"
-        )
-    return UserError("the file is empty: no row was evaluated", where=path, hint="run `mtgdm eval` again")
+        return UserError(f"no row was evaluated, {refused:,} could not be asked", where=path, hint=again)
+    if not lines:
+        return UserError("the file is empty: no row was evaluated", where=path, hint=again)
+    if lines == unreadable:
+        return UserError("no row was evaluated: no line of this can be read", where=path, hint=again)
+    return UserError("this holds no eval metrics", where=path, hint="name a log/eval-*.metrics.jsonl file")
 
 
 def _unreadable(lines: Sequence[int], last: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -16,7 +16,6 @@ from mtgdm.reports.evaluation import (
     Evaluation,
     Who,
     label,
-    values_of,
     worst,
 )
 from mtgdm.scoring.statistics import mean_interval, paired_difference, percentile
@@ -27,14 +26,19 @@ _VARYING = re.compile(r"'[^']*'|\d[\d.]*%?")
 
 def describe(evaluation: Evaluation) -> dict[str, Any]:
     """The report in the shape other tools rely on; NaN where rows are too few to know."""
-    whole = _compare(evaluation.rows)
+    columns = _Columns(evaluation.rows)
+    whole = _compare(columns, range(len(evaluation.rows)))
+    provinces = columns.places(lambda row: row.province)
+    largest_first = sorted(provinces, key=lambda name: -len(provinces[name]))
     return {
         "rows": len(evaluation.rows),
         "student": whole["student"],
         "base": whole["base"],
         "teacher": whole["teacher"],
-        "by_type": {name: _compare(evaluation.of_type(name)) for name in evaluation.types},
-        "by_province": {name: _compare(rows) for name, rows in evaluation.provinces.items()},
+        "by_type": {
+            name: _compare(columns, places) for name, places in columns.places(lambda row: row.type).items()
+        },
+        "by_province": {name: _compare(columns, provinces[name]) for name in largest_first},
         "difference": whole["difference"],
         "teacher_difference": whole["teacher_difference"],
         "judge": _judged(evaluation.rows),
@@ -65,66 +69,91 @@ def verdict(difference: dict[str, Any] | None, rows: int, spots: int) -> dict[st
     return {"text": f"{text} ({of})", "better": better, "worse": worse, "unclear": unclear}
 
 
-def _compare(rows: Sequence[EvalRow]) -> dict[str, Any]:
-    compared = [row for row in rows if row.base is not None]
-    taught = [row for row in rows if row.teacher is not None]
+class _Columns:
+    """The figures of rows by metric: groups of rows, as places, are picked without a way through every row."""
+
+    def __init__(self, rows: Sequence[EvalRow]) -> None:
+        self._rows = rows
+        self._values: dict[tuple[Who, str], list[Any]] = {}
+        self.units = [row.unit for row in rows]
+        self.spots = [row.spot for row in rows]
+
+    def places(self, name: Callable[[EvalRow], str | None]) -> dict[str, list[int]]:
+        """The places of the rows of each group, in order of appearance; rows without a name are left out."""
+        found: dict[str, list[int]] = {}
+        for place, row in enumerate(self._rows):
+            if (group := name(row)) is not None:
+                found.setdefault(group, []).append(place)
+        return found
+
+    def has(self, who: Who, places: Sequence[int]) -> list[int]:
+        """Those of the places where there are metrics of somebody."""
+        return [place for place in places if getattr(self._rows[place], who) is not None]
+
+    def values(self, who: Who, key: str) -> list[Any]:
+        """A metric of every row, None where it does not apply."""
+        if (who, key) not in self._values:
+            self._values[who, key] = [row.of(who).get(key) for row in self._rows]
+        return self._values[who, key]
+
+
+def _compare(columns: _Columns, places: Sequence[int]) -> dict[str, Any]:
+    compared, taught = columns.has("base", places), columns.has("teacher", places)
     return {
-        "rows": len(rows),
-        "spots": len({row.spot for row in rows if row.spot}),
-        "student": _figures(rows),
-        "base": _figures(compared, "base") if compared else None,
-        "teacher": _means(taught, "teacher") if taught else None,
-        "difference": _differences(compared, "base") if compared else None,
-        "teacher_difference": _differences(taught, "teacher") if taught else None,
+        "rows": len(places),
+        "spots": len({spot for place in places if (spot := columns.spots[place])}),
+        "student": _figures(columns, places, "student"),
+        "base": _figures(columns, compared, "base") if compared else None,
+        "teacher": _means(columns, taught, "teacher") if taught else None,
+        "difference": _differences(columns, compared, "base") if compared else None,
+        "teacher_difference": _differences(columns, taught, "teacher") if taught else None,
     }
 
 
-def _figures(rows: Sequence[EvalRow], who: Who = "student") -> dict[str, Any]:
-    figures = _means(rows, who)
+def _figures(columns: _Columns, places: Sequence[int], who: Who) -> dict[str, Any]:
+    figures = _means(columns, places, who)
     for key in SPREADS:
-        values = values_of(rows, key, who)
+        column = columns.values(who, key)
+        values = [value for place in places if (value := column[place]) is not None]
         if values:
             figures[key] = {
                 "mean": fmean(values),
                 "p50": percentile(values, 0.5),
                 "p95": percentile(values, 0.95),
             }
-    figures["finish_reasons"] = dict(
-        Counter(str(row.of(who).get("finish_reason")) for row in rows).most_common()
-    )
+    reasons = columns.values(who, "finish_reason")
+    figures["finish_reasons"] = dict(Counter(str(reasons[place]) for place in places).most_common())
     return figures
 
 
-def _means(rows: Sequence[EvalRow], who: Who) -> dict[str, Any]:
+def _means(columns: _Columns, places: Sequence[int], who: Who) -> dict[str, Any]:
     """The mean of each metric with its interval, whole spots resampled."""
     figures: dict[str, Any] = {}
-    measured = [(row.unit, row.of(who)) for row in rows]
     for metric in (*METRICS, *ALIASES):
-        key = metric.key
-        known = [(unit, value) for unit, found in measured if (value := found.get(key)) is not None]
+        column = columns.values(who, metric.key)
+        known = [place for place in places if column[place] is not None]
         if known:
-            one = mean_interval([value for _, value in known], groups=[unit for unit, _ in known])
-            figures[key] = {"mean": one.mean, "ci95": [one.low, one.high], "rows": one.rows}
+            units = [columns.units[place] for place in known]
+            one = mean_interval([column[place] for place in known], groups=units)
+            figures[metric.key] = {"mean": one.mean, "ci95": [one.low, one.high], "rows": one.rows}
     return figures
 
 
-def _differences(rows: Sequence[EvalRow], other: Who) -> dict[str, Any]:
+def _differences(columns: _Columns, places: Sequence[int], other: Who) -> dict[str, Any]:
     """What the student gains over another, over the rows where both have a metric."""
     differences: dict[str, Any] = {}
-    measured = [(row.student, row.of(other), row.unit) for row in rows]
     for metric in METRICS:
-        key = metric.key
-        pairs = [(one.get(key), two.get(key), unit) for one, two, unit in measured]
-        known = [(one, two, unit) for one, two, unit in pairs if one is not None and two is not None]
+        one, two = columns.values("student", metric.key), columns.values(other, metric.key)
+        known = [place for place in places if one[place] is not None and two[place] is not None]
         if not known:
             continue
         found = paired_difference(
-            [one for one, _, _ in known],
-            [two for _, two, _ in known],
-            groups=[unit for _, _, unit in known],
+            [one[place] for place in known],
+            [two[place] for place in known],
+            groups=[columns.units[place] for place in known],
             lower_is_better=metric.lower_is_better,
         )
-        differences[key] = {
+        differences[metric.key] = {
             "mean": found.mean,
             "ci95": [found.low, found.high],
             "verdict": found.verdict,
