@@ -172,7 +172,7 @@ def test_rows_are_filtered_sorted_searched_and_paged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wrong: Changes = {7: {"contract_valid": False, "contract_key": "geo.lat"}, 9: {"finish_reason": "length"}}
-    evaluated(tmp_path, metrics=wrong, output={12: {"text": "西湖ABC"}}, base_metrics={4: {"char_f1": 0.99}})
+    evaluated(tmp_path, metrics=wrong, output={12: {"text": "西湖ABC"}}, meta={5: {"split": "val"}})
     seen = visited(
         tmp_path,
         browser,
@@ -190,6 +190,8 @@ def test_rows_are_filtered_sorted_searched_and_paged(
         ROWS,
         f"(document.querySelector('[data-filter=sort] button').click(), {ROWS})",
         "(document.querySelector('[data-filter=sort] select').selectedOptions[0].textContent)",
+        set_("[data-filter=split] select", "val"),
+        set_("[data-filter=split] select", ""),
         set_("[data-filter=size] select", "100"),
     )
     answers = iter(seen.answers)
@@ -212,7 +214,11 @@ def test_rows_are_filtered_sorted_searched_and_paged(
     assert next(answers)[0] == "景区29"  # the lowest character F1
     assert next(answers)[0] == "景区0"
     assert next(answers) == "character F1"
-    assert next(answers) == "30 of 30 rows"
+    assert [next(answers) for _ in range(3)] == [
+        "1 of 30 rows",
+        "30 of 30 rows, 1 to 10 shown",
+        "30 of 30 rows",
+    ]
 
 
 def test_an_open_row_shows_its_texts_with_what_differs_marked(
