@@ -106,6 +106,19 @@ def test_lines_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert evaluation.notes == ["2 lines could not be read and were left out: 1, 2"]
 
 
+def test_figures_that_are_nan_are_told_and_stand_in_no_mean(tmp_path: Path) -> None:
+    rows = eval_rows()
+    for row in rows[:2]:
+        row["metrics"]["chrf"] = float("nan")
+    rows[0]["base_metrics"]["latency_s"] = float("inf")
+    evaluation = read_evaluation(eval_metrics_file(tmp_path, *rows))
+    assert evaluation.notes == [
+        "metrics.chrf is no finite number in 2 rows: left out of its mean",
+        "base_metrics.latency_s is no finite number in 1 row: left out of its mean",
+    ]
+    assert describe(evaluation)["student"]["chrf"]["rows"] == 19
+
+
 # --- what it tells -------------------------------------------------------------------------------
 
 

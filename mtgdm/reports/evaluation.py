@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtgdm.errors import BadRow, UserError
+from mtgdm.reports.values import counted
 from mtgdm.rows import is_manifest, read_lines
 from mtgdm.scoring import failures
 
@@ -46,6 +48,7 @@ ALIASES = (Metric("rouge_l", "ROUGE-L", "the sequence ratio under the name that 
 SPREADS = ("latency_s", "tokens_per_s", "prompt_tokens", "output_tokens", "length_ratio")
 """What has no better and worse: told by mean, median and 95th percentile."""
 _NUMBERS = frozenset([*(metric.key for metric in (*METRICS, *ALIASES)), *SPREADS])
+_PARTS = ("metrics", "base_metrics", "reference_metrics")
 _SHOWN_LINES = 5
 _JUDGED = {"score", "student_first", "student_second"}
 
@@ -136,12 +139,14 @@ def read_evaluation(path: Path) -> Evaluation:
     refused: set[str] = set()
     models: dict[str, None] = {}
     unreadable: list[int] = []
+    not_finite: Counter[str] = Counter()
     line = 0
     for line, value in _values(path):
         if value is None:
             unreadable.append(line)
         elif _is_evaluated(value):
             row = _row(value, path, line)
+            not_finite.update(_not_finite(value))
             rows[row.id] = row
             if model := _text(value.get("model")):
                 models[model] = None
@@ -152,6 +157,10 @@ def read_evaluation(path: Path) -> Evaluation:
     if not rows:
         raise _no_row(path, line, len(unreadable), len(refused))
     evaluation.notes += _unreadable(unreadable, line)
+    evaluation.notes += [
+        f"{name} is no finite number in {counted(count, 'row')}: left out of its mean"
+        for name, count in not_finite.items()
+    ]
     return evaluation
 
 
@@ -225,9 +234,7 @@ def _unreadable(lines: Sequence[int], last: int) -> list[str]:
 
 
 def _row(value: Mapping[str, Any], path: Path, line: int) -> EvalRow:
-    student, base, teacher = (
-        _metrics(value.get(key), key, path, line) for key in ("metrics", "base_metrics", "reference_metrics")
-    )
+    student, base, teacher = (_metrics(value.get(name), name, path, line) for name in _PARTS)
     assert student is not None
     return EvalRow(
         id=str(value.get("id") or f"line {line}"),
@@ -256,8 +263,17 @@ def _metrics(metrics: Any, name: str, path: Path, line: int) -> dict[str, Any] |
 
 def without_nan(metrics: dict[str, Any]) -> dict[str, Any]:
     """The same metrics where all are finite, else a copy with None for those that are not."""
-    known = [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
-    return metrics | dict.fromkeys(known) if known else metrics
+    unknown = _unknown(metrics)
+    return metrics | dict.fromkeys(unknown) if unknown else metrics
+
+
+def _not_finite(value: Mapping[str, Any]) -> list[str]:
+    """The figures of a line that are NaN or infinite, as `metrics.chrf`."""
+    return [f"{name}.{key}" for name in _PARTS for key in _unknown(value.get(name) or {})]
+
+
+def _unknown(metrics: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
 
 
 def _judge(judge: Any, path: Path, line: int) -> dict[str, Any] | None:

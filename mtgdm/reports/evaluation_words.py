@@ -38,14 +38,12 @@ SIGNS_MEAN = "The student's means, the base's before the arrow. Told apart from 
 def headline(data: Mapping[str, Any]) -> str:
     """The evaluation in one line."""
     of = counted(data["rows"], "row") + (f", {counted(data['spots'], 'spot')}" if data["spots"] else "")
-    student, base, difference = data["student"], data["base"] or {}, data["difference"]
-    if "char_f1" not in student:
-        return f"student evaluated on {of}"
-    now = student["char_f1"]["mean"]
+    now, before = (_figure(data, who, "char_f1") for who in ("student", "base"))
+    difference = data["difference"]
     if not difference:
-        return f"student alone ({of}): char_f1 {now:.2f}"
+        return f"student alone ({of})" + (f": char_f1 {now['mean']:.2f}" if now else "")
+    gain = f": char_f1 {before['mean']:.2f} → {now['mean']:.2f}" if before and now else ""
     better, worse = len(data["verdict"]["better"]), len(data["verdict"]["worse"])
-    gain = f": char_f1 {base['char_f1']['mean']:.2f} → {now:.2f}" if "char_f1" in base else ""
     if not better and not worse:
         return f"too few rows to tell the student from its base ({of}){gain}"
     lost = f", is worse on {worse}" if worse else ""
