@@ -10,7 +10,7 @@ import pytest
 
 from mtgdm.errors import BadRow, UserError
 from mtgdm.reports.evaluation import read_evaluation
-from mtgdm.reports.evaluation_figures import runtime_figure
+from mtgdm.reports.evaluation_runtime import runtime_figure
 from mtgdm.reports.evaluation_summary import describe
 from mtgdm.reports.evaluation_words import contract_keys, failing, standing
 from mtgdm.stages.eval_report import run as eval_report

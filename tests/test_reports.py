@@ -15,7 +15,8 @@ import pytest
 from mtgdm.charts.style import Figure
 from mtgdm.errors import SettingError, UserError
 from mtgdm.reports.evaluation import read_evaluation
-from mtgdm.reports.evaluation_figures import quality_figure, runtime_figure
+from mtgdm.reports.evaluation_quality import quality_figure
+from mtgdm.reports.evaluation_runtime import runtime_figure
 from mtgdm.reports.evaluation_summary import describe as describe_evaluation
 from mtgdm.reports.page import page
 from mtgdm.reports.training_figures import ema, loss_figure, optimizer_figure, smoothed, thinned

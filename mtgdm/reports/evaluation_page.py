@@ -67,6 +67,8 @@ def _comparison(data: Mapping[str, Any]) -> str:
         )
         for (metric, *cells, verdict), meaning in zip(comparison(data), present(data), strict=True)
     ]
+    if not rows:
+        return ""
     columns = ["metric", "base", "student", "teacher", "student − base", "verdict"]
     lead = "Means over the rows, with 95 % intervals; the difference is taken row by row."
     return page.section("Base against student", lead, page.table(columns, rows))
@@ -121,8 +123,9 @@ def _groups(data: Mapping[str, Any]) -> list[str]:
 
 
 def _speeds(data: Mapping[str, Any]) -> str:
+    rows = _escaped(speeds(data))
     columns = ["", "#base mean", "#p50", "#p95", "#student mean", "#p50", "#p95"]
-    return page.section("Speed and length in figures", "", page.table(columns, _escaped(speeds(data))))
+    return page.section("Speed and length in figures", "", page.table(columns, rows)) if rows else ""
 
 
 def _escaped(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

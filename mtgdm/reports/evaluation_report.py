@@ -6,10 +6,11 @@ from pathlib import Path
 
 from mtgdm.manifest import relative
 from mtgdm.reports.evaluation import Evaluation
-from mtgdm.reports.evaluation_figures import quality_figure, runtime_figure
 from mtgdm.reports.evaluation_markdown import in_markdown
 from mtgdm.reports.evaluation_page import body
+from mtgdm.reports.evaluation_quality import quality_figure
 from mtgdm.reports.evaluation_rows import RowsOfPage, rows_of_page
+from mtgdm.reports.evaluation_runtime import runtime_figure
 from mtgdm.reports.evaluation_summary import describe
 from mtgdm.reports.lineage import trace
 from mtgdm.reports.publish import Report
