@@ -45,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config_app = typer.Typer(
-    help="Settings: every value with its source, and the JSON Schema of a profile.", no_args_is_help=True
+    help="Settings: every value with its source; JSON Schemas of profiles and reports.", no_args_is_help=True
 )
 app.add_typer(config_app, name="config", rich_help_panel="Settings")
 
@@ -530,8 +530,18 @@ def config_show(
 
 
 @config_app.command("schema")
-def config_schema() -> None:
-    """Print the JSON Schema of a profile, for an editor that checks YAML."""
+def config_schema(
+    of: Annotated[
+        Literal["profile", "eval-report", "train-report"],
+        typer.Argument(metavar="[OF]", help="A profile, or the JSON of a report: eval-report, train-report."),
+    ] = "profile",
+) -> None:
+    """Print the JSON Schema of a profile, for an editor that checks YAML, or of a report's JSON."""
+    if of != "profile":
+        from mtgdm.reports.schemas import schema_path
+
+        _terminal().json(schema_path(of).read_text(encoding="utf-8").rstrip())
+        return
     from mtgdm.profiles import profile_schema
 
     _print_json(profile_schema(_registry().stages.values()))

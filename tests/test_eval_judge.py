@@ -11,8 +11,9 @@ import pytest
 
 from mtgdm.errors import SettingError, UserError
 from mtgdm.evaluation.pairwise import INSTRUCTIONS
-from mtgdm.reports.evaluation import describe, read_evaluation
-from mtgdm.reports.evaluation_report import judged as sentence
+from mtgdm.reports.evaluation import read_evaluation
+from mtgdm.reports.evaluation_summary import describe
+from mtgdm.reports.evaluation_words import judged as sentence
 from mtgdm.testing import StageRun
 from tests import teacher_domain
 from tests.conftest import read_rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import random
@@ -16,10 +15,11 @@ import pytest
 from mtgdm.charts.lines import ema, smoothed, thinned
 from mtgdm.charts.style import Figure
 from mtgdm.errors import SettingError, UserError
-from mtgdm.reports.evaluation import describe as describe_evaluation
-from mtgdm.reports.evaluation import read_evaluation, why_bad
-from mtgdm.reports.evaluation_figures import quality_figure, runtime_figure
-from mtgdm.reports.page import marked, page
+from mtgdm.reports.evaluation import read_evaluation
+from mtgdm.reports.evaluation_quality import quality_figure
+from mtgdm.reports.evaluation_runtime import runtime_figure
+from mtgdm.reports.evaluation_summary import describe as describe_evaluation
+from mtgdm.reports.page import page
 from mtgdm.reports.training_figures import loss_figure, optimizer_figure
 from mtgdm.reports.training_health import describe, judge
 from mtgdm.reports.training_run import read_run
@@ -29,6 +29,7 @@ from mtgdm.stages.report import run as train_report
 from mtgdm.testing import StageRun
 from mtgdm.testing import run as run_stage
 from tests.conftest import write_lines
+from tests.pages import Look, look_at
 from tests.test_charts import browser, fake_browser  # noqa: F401 - a fixture
 
 SPOTS = ["故宫博物院", "嘉峪关文物景区", "<b>钟山</b>", "苏州园林", "蜈支洲岛", "九寨沟", "平遥古城"]
@@ -412,9 +413,9 @@ def test_a_student_is_not_blamed_for_what_its_teacher_did_too(tmp_path: Path) ->
     rows = eval_rows()[:1]
     rows[0]["metrics"] |= {"unsupported_facts": 2, "fact_recall": 0.4, "repetition": 0.6}
     alone = read_evaluation(eval_metrics_file(tmp_path, *rows)).rows[0]
-    assert why_bad(alone) == ["states 40% of the facts", "2 unsupported claims", "repeats itself"]
+    assert alone.why_bad == ["states 40% of the facts", "2 unsupported claims", "repeats itself"]
     taught = with_teacher(rows, unsupported_facts=2, fact_recall=0.4, repetition=0.5)
-    assert why_bad(read_evaluation(eval_metrics_file(tmp_path, *taught)).rows[0]) == []
+    assert read_evaluation(eval_metrics_file(tmp_path, *taught)).rows[0].why_bad == []
 
 
 @pytest.mark.usefixtures("no_browser")
@@ -440,7 +441,6 @@ def test_an_evaluation_without_a_base_compares_nothing(tmp_path: Path) -> None:
 
 
 ODD_EVALUATIONS: dict[str, list[Any]] = {
-    "empty": [],
     "one row": eval_rows()[:1],
     "one spot": eval_rows(spots=["故宫"]),
     "rows without spot and type": [
@@ -458,8 +458,9 @@ def test_an_eval_report_is_written_over_any_metrics(name: str, tmp_path: Path) -
     path = eval_metrics_file(tmp_path, *ODD_EVALUATIONS[name])
     assert report_json(run_stage(eval_report, tmp_path))["rows"] == len(ODD_EVALUATIONS[name])
     evaluation = read_evaluation(path)
+    figures = describe_evaluation(evaluation)
     for narrow in (False, True):
-        strict_figure(quality_figure(evaluation, narrow=narrow))
+        strict_figure(quality_figure(evaluation, figures, narrow=narrow))
         strict_figure(runtime_figure(evaluation, narrow=narrow))
 
 
@@ -484,11 +485,11 @@ def test_the_worst_rows_come_first_with_the_reason(tmp_path: Path) -> None:
         "breaks its contract",
         "little in common with the reference",
     ]
-    assert why_bad(evaluation.rows[0]) == []
+    assert evaluation.rows[0].why_bad == []
 
 
-def eval_outputs(workspace: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows of `eval` to these metrics, and a torn line at the end."""
+def eval_outputs(workspace: Path, rows: list[dict[str, Any]], *, torn: bool = True) -> None:
+    """The rows of `eval` to these metrics, and with `torn` what a kill left at the end."""
     texts = [
         {
             "id": row["id"],
@@ -500,33 +501,11 @@ def eval_outputs(workspace: Path, rows: list[dict[str, Any]]) -> None:
         }
         for row in rows
     ]
-    write_lines(workspace / "data/eval_outputs.jsonl", *texts, '{"id": "torn')
-
-
-@pytest.mark.usefixtures("no_browser")
-def test_the_page_shows_texts_of_the_same_evaluation_only(tmp_path: Path) -> None:
-    rows = eval_rows()
-    rows[6]["metrics"]["char_f1"] = 0.3
-    eval_metrics_file(tmp_path, *rows)
-    eval_outputs(tmp_path, rows)
-    run = run_stage(eval_report, tmp_path)
-    html = next((tmp_path / "data/report").glob("*.html")).read_text(encoding="utf-8")
-    assert report_json(run)["model"] == "data/checkpoints/tiny-lora"
-    assert "故宫始建于14<mark>2</mark>0年" in html
-    assert "<b>&lt;b&gt;钟山&lt;/b&gt;</b>" in html and "<b><b>" not in html
-    for row in rows:
-        row["metrics"] = row["metrics"] | {"char_f1": 0.6}
-    eval_outputs(tmp_path, rows)
-    assert report_json(run_stage(eval_report, tmp_path))["model"] is None
+    end = ['{"id": "torn'] if torn else []
+    write_lines(workspace / "data/eval_outputs.jsonl", *texts, *end)
 
 
 # --- the page ------------------------------------------------------------------------------------
-
-
-def test_what_leaves_the_reference_is_marked() -> None:
-    assert marked("始建于1420年", "始建于1406年") == "始建于14<mark>2</mark>0年"
-    assert marked("a<b", "a<b") == "a&lt;b"
-    assert "<mark>" not in marked("完全不同", "故宫博物院")
 
 
 def test_nothing_in_a_page_can_end_its_scripts() -> None:
@@ -551,52 +530,6 @@ def test_the_page_works_in_a_browser_without_the_network(
     run_stage(train_report, tmp_path)
     pages = sorted((tmp_path / "data/report").glob("*.html"))
     assert len(pages) == 2
-    looks = [(path, *look) for path in pages for look in ((1200, "light"), (390, "dark"))]
-    for place, (problems, drawn) in zip(looks, asyncio.run(visit(browser, looks)), strict=True):
-        assert problems == [], place
-        assert drawn == {"charts": 2, "drawn": 2, "overflow": False}, place
-
-
-async def visit(chrome_path: str, looks: list[tuple[Path, int, str]]) -> list[tuple[list[str], Any]]:
-    """Open pages in a browser: what went wrong (errors, requests beyond the file), and what was drawn."""
-    import choreographer
-
-    found = []
-    async with choreographer.Browser(path=chrome_path, headless=True) as chrome:
-        for path, width, scheme in looks:
-            tab = await chrome.create_tab("about:blank")
-            problems: list[str] = []
-
-            async def note(message: Any, problems: list[str] = problems, own: str = path.as_uri()) -> None:
-                url = message["params"].get("request", {}).get("url")
-                if url is None or (url != own and not url.startswith("data:")):
-                    problems.append(str(message["params"])[:300])
-
-            for event in ("Runtime.exceptionThrown", "Log.entryAdded", "Network.requestWillBeSent"):
-                tab.subscribe(event, note)
-            for domain in ("Runtime", "Log", "Network", "Page"):
-                await tab.send_command(f"{domain}.enable")
-            size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
-            await tab.send_command("Emulation.setDeviceMetricsOverride", params=size)
-            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-            await tab.send_command("Emulation.setEmulatedMedia", params=media)
-            await tab.send_command("Page.navigate", params={"url": path.as_uri()})
-            drawn: Any = None
-            for _ in range(100):
-                await asyncio.sleep(0.1)
-                drawn = await measured(tab)
-                if drawn and drawn["charts"] and drawn["charts"] == drawn["drawn"]:
-                    break
-            found.append((problems, drawn))
-    return found
-
-
-async def measured(tab: Any) -> Any:
-    """The charts of the page, how many of them hold a drawing, and whether it is wider than the screen."""
-    script = """JSON.stringify({
-      charts: document.querySelectorAll('[data-figure]').length,
-      drawn: [...document.querySelectorAll('[data-figure]')].filter(e => e.querySelector('.main-svg')).length,
-      overflow: document.documentElement.scrollWidth > window.innerWidth})"""
-    answer = await tab.send_command("Runtime.evaluate", params={"expression": script})
-    value = answer.get("result", {}).get("result", {}).get("value")
-    return json.loads(value) if value else None
+    looks = [Look(path, *screen) for path in pages for screen in ((1200, "light"), (360, "dark"))]
+    for look, seen in zip(looks, look_at(browser, *looks), strict=True):
+        assert (seen.problems, seen.charts, seen.overflow) == ([], 2, 0), look

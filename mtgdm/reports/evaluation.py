@@ -1,21 +1,21 @@
-"""An evaluation as its metrics file tells it: student, base and teacher with intervals, by type and province."""
+"""An evaluation as its metrics file tells it: which rows, and the metrics of student, base and teacher."""
 
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
-from mtgdm.errors import UserError
-from mtgdm.rows import read_lines
+from mtgdm.errors import BadRow, UserError
+from mtgdm.reports.values import counted
+from mtgdm.rows import is_manifest, read_lines
 from mtgdm.scoring import failures
-from mtgdm.scoring.failures import number
-from mtgdm.scoring.statistics import Interval, mean_interval, paired_difference, percentile
 
 Who = Literal["student", "base", "teacher"]
 
@@ -29,6 +29,8 @@ class Metric:
     meaning: str
     lower_is_better: bool = False
     charted: bool = True
+    counts: bool = False
+    """Whether a row's value may be more than 1."""
 
 
 METRICS = (
@@ -40,21 +42,31 @@ METRICS = (
     Metric("prose_valid", "prose valid", "prose that keeps the rules of its type"),
     Metric("language_ok", "right language", "answers in the script or the languages that their type wants"),
     Metric("fact_recall", "fact recall", "facts of the record that the answer states"),
-    Metric("unsupported_facts", "unsupported facts", "claims a row that the record does not support", True),
+    Metric(
+        "unsupported_facts",
+        "unsupported facts",
+        "claims a row that the record does not support",
+        True,
+        counts=True,
+    ),
     Metric("repetition", "repetition", "share of the text that stood in it before", True, charted=False),
 )
 ALIASES = (Metric("rouge_l", "ROUGE-L", "the sequence ratio under the name that many look for"),)
 """In the figures for other tools, but in no table: a second name is no second reason."""
 SPREADS = ("latency_s", "tokens_per_s", "prompt_tokens", "output_tokens", "length_ratio")
 """What has no better and worse: told by mean, median and 95th percentile."""
-_VARYING = re.compile(r"'[^']*'|\d[\d.]*%?")
-"""What differs from row to row in reasons that are the same: figures, and words that are quoted."""
+_NUMBERS = frozenset([*(metric.key for metric in (*METRICS, *ALIASES)), *SPREADS])
+_PARTS = ("metrics", "base_metrics", "reference_metrics")
+_SHOWN_LINES = 5
 _JUDGED = {"score", "student_first", "student_second"}
 
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One evaluated row: what it is about, and the metrics of student and base."""
+    """One evaluated row: what it is about, and the metrics of student and base.
+
+    Figures are finite numbers or None; what was NaN in the file is None.
+    """
 
     id: str
     spot: str | None
@@ -76,6 +88,21 @@ class EvalRow:
     def unit(self) -> str:
         """What is resampled: the spot, or the row where no spot is named."""
         return self.spot or self.id
+
+    @cached_property
+    def why_bad(self) -> list[str]:
+        """What is wrong with the answer, in words; nothing where it is as it should be."""
+        return failures.why_bad(self.student, self.teacher)
+
+    @cached_property
+    def badness(self) -> float:
+        """How much is wrong with the answer."""
+        return failures.badness(self.student, self.teacher)
+
+    @cached_property
+    def gain(self) -> float | None:
+        """How much less is wrong with the answer than with the base's; None without a base."""
+        return None if self.base is None else failures.badness(self.base, self.teacher) - self.badness
 
 
 @dataclass
@@ -101,11 +128,6 @@ class Evaluation:
         return sum(row.leaked for row in self.rows)
 
     @property
-    def types(self) -> list[str]:
-        """The prompt types, in order of appearance."""
-        return list(dict.fromkeys(row.type for row in self.rows))
-
-    @property
     def compared(self) -> bool:
         """Whether any row has metrics of the base."""
         return any(row.base is not None for row in self.rows)
@@ -114,114 +136,68 @@ class Evaluation:
         """The rows of one prompt type."""
         return [row for row in self.rows if row.type == name]
 
-    @property
-    def provinces(self) -> dict[str, list[EvalRow]]:
-        """The rows of each province, those with most rows first; rows that name none are left out."""
-        found: dict[str, list[EvalRow]] = {}
-        for row in self.rows:
-            if row.province is not None:
-                found.setdefault(row.province, []).append(row)
-        return dict(sorted(found.items(), key=lambda pair: -len(pair[1])))
-
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Read a metrics file; a row that stands twice counts once, what a kill left torn is noted."""
+    """Read a metrics file; a row that stands twice counts once, what a kill left torn is noted.
+
+    Raises BadRow where a figure is no number, UserError where no row was evaluated.
+    """
     evaluation = Evaluation(path)
     rows: dict[str, EvalRow] = {}
     refused: set[str] = set()
     models: dict[str, None] = {}
     unreadable: list[int] = []
-    number = 0
-    for number, line in read_lines(path):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            unreadable.append(number)
-            continue
-        if isinstance(value, dict) and isinstance(value.get("metrics"), dict):
-            row = _row(value, number)
+    not_finite: Counter[str] = Counter()
+    line = 0
+    for line, value in _values(path):
+        if value is None:
+            unreadable.append(line)
+        elif _is_evaluated(value):
+            row = _row(value, path, line)
+            not_finite.update(_not_finite(value))
             rows[row.id] = row
             if model := _text(value.get("model")):
                 models[model] = None
         elif isinstance(value, dict) and "refused" in value:
             refused.add(str(value.get("id")))
-    if unreadable == [number] and number:
-        evaluation.notes.append(
-            f"the last line ({number:,}) is torn and was left out: eval was killed while writing"
-        )
-    elif unreadable:
-        evaluation.notes.append(f"{len(unreadable):,} lines could not be read and were left out")
     evaluation.rows, evaluation.models = list(rows.values()), list(models)
     evaluation.refused = len(refused - rows.keys())
     if not rows:
-        if number > len(unreadable):
-            raise UserError(
-                "this holds no eval metrics", where=path, hint="name a log/eval-*.metrics.jsonl file"
-            )
-        evaluation.notes.append("no row was evaluated")
+        raise _no_row(path, line, len(unreadable), len(refused))
+    evaluation.notes += _unreadable(unreadable, line)
+    evaluation.notes += [
+        f"{name} is no finite number in {counted(count, 'row')}: left out of its mean"
+        for name, count in not_finite.items()
+    ]
     return evaluation
 
 
-def describe(evaluation: Evaluation) -> dict[str, Any]:
-    """The report in the shape other tools rely on; NaN where rows are too few to know."""
-    whole = _compare(evaluation.rows)
-    return {
-        "rows": len(evaluation.rows),
-        "student": whole["student"],
-        "base": whole["base"],
-        "teacher": whole["teacher"],
-        "by_type": {name: _compare(evaluation.of_type(name)) for name in evaluation.types},
-        "by_province": {name: _compare(rows) for name, rows in evaluation.provinces.items()},
-        "difference": whole["difference"],
-        "teacher_difference": whole["teacher_difference"],
-        "judge": _judged(evaluation.rows),
-        "spots": evaluation.spots,
-        "verdict": verdict(whole["difference"], len(evaluation.rows), evaluation.spots),
-        "failures": _failures(evaluation.rows),
-        "worst_rows": [_reference(row) for row in worst(evaluation.rows)],
-        "notes": evaluation.notes,
-    }
+def newest_with_rows(folder: Path, pattern: str) -> tuple[Path, list[Path]]:
+    """The newest metrics file of a folder that holds a row, and the newer ones, which hold none.
+
+    Where none holds any, the newest; where there is no file, the pattern's own path.
+    """
+    files = [path for path in folder.glob(pattern) if not is_manifest(path)] if folder.is_dir() else []
+    files.sort(reverse=True)
+    for place, path in enumerate(files):
+        if any(_is_evaluated(value) for _, value in _values(path)):
+            return path, files[:place]
+    return (files[0] if files else folder / pattern), []
 
 
 def values_of(rows: Iterable[EvalRow], key: str, who: Who = "student") -> list[float]:
-    """The finite values of a metric over the rows that have it."""
-    return [value for row in rows if (value := number(row.of(who), key)) is not None]
-
-
-def interval_of(rows: Sequence[EvalRow], key: str, who: Who = "student") -> Interval:
-    """The mean of a metric with its interval, whole spots resampled."""
-    known = [(row.unit, value) for row in rows if (value := number(row.of(who), key)) is not None]
-    return mean_interval([value for _, value in known], groups=[unit for unit, _ in known])
+    """The values of a metric over the rows that have it."""
+    # attrgetter, because this is gone through some hundred times where the rows are a hundred thousand.
+    return [
+        value
+        for metrics in map(attrgetter(who), rows)
+        if metrics is not None and (value := metrics.get(key)) is not None
+    ]
 
 
 def worst(rows: Sequence[EvalRow], most: int = 10) -> list[EvalRow]:
     """The rows with most wrong in them."""
-    bad = [row for row in rows if why_bad(row)]
-    return sorted(bad, key=lambda row: -failures.badness(row.student))[:most]
-
-
-def why_bad(row: EvalRow) -> list[str]:
-    """What is wrong with a row's answer, in words; nothing where it is as it should be."""
-    return failures.why_bad(row.student, row.teacher)
-
-
-def verdict(difference: dict[str, Any] | None, rows: int, spots: int) -> dict[str, Any]:
-    """The sentence of the report and the metrics it rests on."""
-    of = f"{rows:,} row{'' if rows == 1 else 's'}" + (
-        f", {spots:,} spot{'' if spots == 1 else 's'}" if spots else ""
-    )
-    if not difference:
-        return {"text": f"no base to compare with ({of})", "better": [], "worse": [], "unclear": []}
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "too few rows to tell": []}
-    for key, figures in difference.items():
-        groups[figures["verdict"]].append(key)
-    better, worse, unclear = groups.values()
-    text = f"better than its base on {len(better)} of {len(difference)} metrics"
-    if worse:
-        text += f", worse on {len(worse)} ({', '.join(label(key) for key in worse)})"
-    if unclear:
-        text += f", too few rows to tell on {len(unclear)}"
-    return {"text": f"{text} ({of})", "better": better, "worse": worse, "unclear": unclear}
+    return sorted((row for row in rows if row.why_bad), key=lambda row: -row.badness)[:most]
 
 
 def label(key: str) -> str:
@@ -229,136 +205,98 @@ def label(key: str) -> str:
     return next((metric.label for metric in METRICS if metric.key == key), key)
 
 
-def _compare(rows: Sequence[EvalRow]) -> dict[str, Any]:
-    compared = [row for row in rows if row.base is not None]
-    taught = [row for row in rows if row.teacher is not None]
-    return {
-        "rows": len(rows),
-        "spots": len({row.spot for row in rows if row.spot}),
-        "student": _figures(rows),
-        "base": _figures(compared, "base") if compared else None,
-        "teacher": _means(taught, "teacher") if taught else None,
-        "difference": _differences(compared, "base") if compared else None,
-        "teacher_difference": _differences(taught, "teacher") if taught else None,
-    }
+def _values(path: Path) -> Iterator[tuple[int, Any]]:
+    """The lines of a file as JSON values; None for what cannot be read."""
+    for line, text in read_lines(path):
+        try:
+            yield line, json.loads(text)
+        except (ValueError, RecursionError):
+            yield line, None
 
 
-def _figures(rows: Sequence[EvalRow], who: Who = "student") -> dict[str, Any]:
-    figures = _means(rows, who)
-    for key in SPREADS:
-        values = values_of(rows, key, who)
-        if values:
-            figures[key] = {
-                "mean": fmean(values),
-                "p50": percentile(values, 0.5),
-                "p95": percentile(values, 0.95),
-            }
-    figures["finish_reasons"] = dict(
-        Counter(str(row.of(who).get("finish_reason")) for row in rows).most_common()
+def _is_evaluated(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("metrics"), dict)
+
+
+def _no_row(path: Path, lines: int, unreadable: int, refused: int) -> UserError:
+    """The error of a file without an evaluated row."""
+    again = "run `mtgdm eval` again"
+    if refused:
+        return UserError(f"no row was evaluated, {refused:,} could not be asked", where=path, hint=again)
+    if not lines:
+        return UserError("the file is empty: no row was evaluated", where=path, hint=again)
+    if lines == unreadable:
+        return UserError("no row was evaluated: no line of this can be read", where=path, hint=again)
+    return UserError("this holds no eval metrics", where=path, hint="name a log/eval-*.metrics.jsonl file")
+
+
+def _unreadable(lines: Sequence[int], last: int) -> list[str]:
+    if not lines:
+        return []
+    if lines == [last]:
+        return [f"the last line ({last:,}) is torn and was left out: eval was killed while writing"]
+    some = ", ".join(f"{line:,}" for line in lines[:_SHOWN_LINES]) + (
+        ", …" if len(lines) > _SHOWN_LINES else ""
     )
-    return figures
+    return [f"{len(lines):,} lines could not be read and were left out: {some}"]
 
 
-def _means(rows: Sequence[EvalRow], who: Who) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for metric in (*METRICS, *ALIASES):
-        interval = interval_of(rows, metric.key, who)
-        if interval.rows:
-            figures[metric.key] = {
-                "mean": interval.mean,
-                "ci95": [interval.low, interval.high],
-                "rows": interval.rows,
-            }
-    return figures
-
-
-def _differences(rows: Sequence[EvalRow], other: Who) -> dict[str, Any]:
-    """What the student gains over another, over the rows where both have a metric."""
-    differences: dict[str, Any] = {}
-    for metric in METRICS:
-        pairs = [
-            (number(row.student, metric.key), number(row.of(other), metric.key), row.unit) for row in rows
-        ]
-        known = [(one, two, unit) for one, two, unit in pairs if one is not None and two is not None]
-        if not known:
-            continue
-        found = paired_difference(
-            [one for one, _, _ in known],
-            [two for _, two, _ in known],
-            groups=[unit for _, _, unit in known],
-            lower_is_better=metric.lower_is_better,
-        )
-        differences[metric.key] = {
-            "mean": found.mean,
-            "ci95": [found.low, found.high],
-            "verdict": found.verdict,
-        }
-    return differences
-
-
-def _judged(rows: Sequence[EvalRow]) -> dict[str, Any] | None:
-    """What a judge said: how often the student won, and how much the order of the answers had to do with it."""
-    judged = [(row, row.judge) for row in rows if row.judge and row.judge.keys() >= _JUDGED]
-    if not judged:
-        return None
-    scores = [float(one["score"]) for _, one in judged]
-    won = mean_interval(scores, groups=[row.unit for row, _ in judged])
-    against_even = paired_difference(scores, [0.5] * len(scores), groups=[row.unit for row, _ in judged])
-    first = sum((one["student_first"] == "student") + (one["student_second"] == "other") for _, one in judged)
-    second = sum(
-        (one["student_first"] == "other") + (one["student_second"] == "student") for _, one in judged
-    )
-    return {
-        "by": sorted({str(one.get("by")) for _, one in judged}),
-        "against": sorted({str(one.get("against")) for _, one in judged}),
-        "pairs": len(judged),
-        "won": scores.count(1.0),
-        "ties": scores.count(0.5),
-        "lost": scores.count(0.0),
-        "score": {"mean": won.mean, "ci95": [won.low, won.high]},
-        "verdict": against_even.verdict,
-        "same_in_both_orders": fmean(one["student_first"] == one["student_second"] for _, one in judged),
-        "first_preferred": first / (first + second) if first + second else None,
-    }
-
-
-def _failures(rows: Sequence[EvalRow]) -> dict[str, Any]:
-    """How many rows have something wrong, what it is, and which keys of the contracts break."""
-    reasons = [[_VARYING.sub("…", reason) for reason in why_bad(row)] for row in rows]
-    keys = Counter(
-        str(row.student["contract_key"]) for row in rows if row.student.get("contract_key") is not None
-    )
-    return {
-        "rows": sum(map(bool, reasons)),
-        "reasons": dict(Counter(reason for found in reasons for reason in found).most_common()),
-        "contract_keys": dict(keys.most_common()),
-    }
-
-
-def _reference(row: EvalRow) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "spot": row.spot,
-        "type": row.type,
-        "char_f1": number(row.student, "char_f1"),
-        "why": why_bad(row),
-    }
-
-
-def _row(value: dict[str, Any], number: int) -> EvalRow:
-    others = {key: value.get(key) for key in ("base_metrics", "reference_metrics", "judge")}
-    known = {key: one for key, one in others.items() if isinstance(one, dict)}
+def _row(value: Mapping[str, Any], path: Path, line: int) -> EvalRow:
+    student, base, teacher = (_metrics(value.get(name), name, path, line) for name in _PARTS)
+    assert student is not None
     return EvalRow(
-        id=str(value.get("id") or f"line {number}"),
+        id=str(value.get("id") or f"line {line}"),
         spot=_text(value.get("spot")),
         province=_text(value.get("province")),
         type=_text(value.get("type")) or "untyped",
-        student=value["metrics"],
-        base=known.get("base_metrics"),
-        teacher=known.get("reference_metrics"),
-        judge=known.get("judge"),
+        student=student,
+        base=base,
+        teacher=teacher,
+        judge=_judge(value.get("judge"), path, line),
         leaked=value.get("leaked") is True,
     )
+
+
+def _metrics(metrics: Any, name: str, path: Path, line: int) -> dict[str, Any] | None:
+    """Metrics as a file holds them; BadRow where they are no object, or what is reported is no number."""
+    if metrics is None:
+        return None
+    if not isinstance(metrics, dict):
+        raise BadRow(path, line, f"`{name}` is no object but {type(metrics).__name__}")
+    for key in _NUMBERS & metrics.keys():
+        if metrics[key] is not None and not _is_number(metrics[key]):
+            raise BadRow(path, line, f"`{name}.{key}` is no number: {str(metrics[key])[:40]!r}")
+    return without_nan(metrics)
+
+
+def without_nan(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The same metrics where all are finite, else a copy with None for those that are not."""
+    unknown = _unknown(metrics)
+    return metrics | dict.fromkeys(unknown) if unknown else metrics
+
+
+def _not_finite(value: Mapping[str, Any]) -> list[str]:
+    """The figures of a line that are NaN or infinite, as `metrics.chrf`."""
+    return [f"{name}.{key}" for name in _PARTS for key in _unknown(value.get(name) or {})]
+
+
+def _unknown(metrics: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+
+
+def _judge(judge: Any, path: Path, line: int) -> dict[str, Any] | None:
+    """What a judge said, None where another tool's word stands there."""
+    if not isinstance(judge, dict) or not judge.keys() >= _JUDGED:
+        return None
+    score = judge["score"]
+    if not _is_number(score) or not 0 <= score <= 1:
+        raise BadRow(path, line, f"`judge.score` is no number from 0 to 1: {str(score)[:40]!r}")
+    return judge
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold, NaN and the infinities among them."""
+    return isinstance(value, float | bool) or (isinstance(value, int) and abs(value) < 10**300)
 
 
 def _text(value: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from mtgdm.manifest import Manifest, SettingValue
 from mtgdm.reports.lineage import SHORT, changed, chosen_settings
 from mtgdm.reports.values import clock, finite
 
+_UNSAFE = re.compile(r"[<\u2028\u2029\ud800-\udfff]")
+"""What would end a script element, break its lines, or is no text in UTF-8."""
 Tone = str
 """`good`, `bad`, `warn`, `info`, or empty."""
 
@@ -24,8 +27,8 @@ def page(title: str, body: Sequence[str], figures: Mapping[str, Figure], plotly:
         "title": escape(title),
         "body": "\n".join(body),
         "plotly": plotly.replace("</script", "<\\/script"),
-        "figures": _json(figures),
-        "dark": _json(DARK),
+        "figures": for_script(figures),
+        "dark": for_script(DARK),
     }
     # Split first: what is put in may hold anything, the marks of the template too.
     pieces = template.split("{{")
@@ -146,17 +149,15 @@ def texts(blocks: Sequence[tuple[str, str, bool]]) -> str:
     return f'<div class="texts">{boxes}</div>'
 
 
-def marked(output: str, reference: str) -> str:
-    """The output as HTML, marked where it leaves the reference; plain where the two share too little."""
-    from rapidfuzz.distance import LCSseq
-
-    if LCSseq.normalized_similarity(reference, output) < 0.5:
-        return escape(output)
-    pieces = []
-    for step in LCSseq.opcodes(reference, output):
-        piece = escape(output[step.dest_start : step.dest_end])
-        pieces.append(piece if step.tag == "equal" or not piece else f"<mark>{piece}</mark>")
-    return "".join(pieces)
+def row_browser(title: str, lead: str, rows: str) -> str:
+    """Rows to filter, sort and open; `rows` is JSON made with `for_script`, as `rows.js` reads it."""
+    code = Path(__file__).with_name("rows.js").read_text(encoding="utf-8")
+    return section(
+        title,
+        lead,
+        '<div id="row-browser"></div>',
+        f'<script type="application/json" id="rows">{rows}</script><script>{code}</script>',
+    )
 
 
 def tagged(text: str, tone: Tone = "") -> str:
@@ -169,6 +170,10 @@ def escape(text: str) -> str:
     return html.escape(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
-def _json(value: Any) -> str:
-    """JSON that may stand in a script element; NaN, which JSON has no word for, becomes null."""
-    return json.dumps(finite(value), ensure_ascii=True, separators=(",", ":")).replace("</", "<\\/")
+def for_script(value: Any) -> str:
+    """JSON that may stand in a script element, whatever texts it holds; NaN, which JSON has no word for, is null.
+
+    A lone surrogate, which UTF-8 cannot hold, stands as its escape and comes out as it went in.
+    """
+    text = json.dumps(finite(value), ensure_ascii=False, separators=(",", ":"))
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

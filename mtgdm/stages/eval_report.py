@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from mtgdm import manifest
 from mtgdm.errors import SettingError, UserError
 from mtgdm.reports.settings import ReportSettings
-from mtgdm.stage import Context, Input, Output, Result, newest, stage
+from mtgdm.stage import Context, Input, Output, Result, stage
 
 METRICS = "eval-*.metrics.jsonl"
 
@@ -29,32 +30,35 @@ class EvalReportConfig(ReportSettings):
 
     def chosen(self) -> Path:
         """The metrics file that is meant."""
-        return self.metrics if self.metrics is not None else newest(self.log_dir, METRICS)
+        return self.metrics if self.metrics is not None else self.newest()[0]
+
+    def newest(self) -> tuple[Path, list[Path]]:
+        """The newest evaluation that has rows, and newer ones that have none: they failed, or were killed."""
+        from mtgdm.reports.evaluation import newest_with_rows
+
+        return newest_with_rows(self.log_dir, METRICS)
 
 
 @stage
 def run(config: EvalReportConfig, context: Context) -> Result:
-    """Report on an evaluation: student against base with intervals, by type, speed, worst rows."""
+    """Report on an evaluation: student against base with intervals, by type, speed, every row to look at."""
     from mtgdm.reports.evaluation import read_evaluation
-    from mtgdm.reports.evaluation_report import (
-        against_teacher,
-        evaluation_report,
-        headline,
-        judged,
-        short_comparison,
-    )
+    from mtgdm.reports.evaluation_report import evaluation_report
+    from mtgdm.reports.evaluation_words import headline
     from mtgdm.reports.publish import publish, say_where
 
     if not config.latest and config.metrics is None:
         raise SettingError("--no-latest needs an evaluation to report on", hint="name one with --metrics")
-    metrics = config.chosen()
+    metrics, empty = (config.metrics, []) if config.metrics is not None else config.newest()
     if not metrics.is_file():
         raise UserError("there are no eval metrics", where=metrics, hint="run `mtgdm eval` first")
     evaluation = read_evaluation(metrics)
+    evaluation.notes += [f"{path.name} is newer and holds no row: {metrics.name} was taken" for path in empty]
     report = evaluation_report(
         evaluation,
         source=manifest.relative(metrics, context.workspace),
         outputs=config.eval_outputs,
+        workspace=context.workspace,
         leaked=evaluation.leaked or _leaked(config.eval_outputs, len(evaluation.rows)),
         when=context.started.strftime("%Y-%m-%d %H:%M:%S"),
     )
@@ -67,16 +71,21 @@ def run(config: EvalReportConfig, context: Context) -> Result:
         chart_timeout_s=config.chart_timeout_s,
         require_png=config.require_png,
     )
-    columns = ["metric", "#base", "#student", "95 % interval", "#teacher", "verdict"]
-    context.terminal.table(columns, short_comparison(report.data))
-    for line in (against_teacher(report.data), judged(report.data)):
-        if line:
-            context.print(f"· {line}")
-    for note in evaluation.notes:
-        context.print(f"· {note}")
+    _tell(report.data, context)
     say_where(files, context)
     counts = {"rows": len(evaluation.rows), "spots": evaluation.spots, "pictures": len(files.pictures)}
     return Result(counts=counts, summary=headline(report.data), outputs=[files.json])
+
+
+def _tell(data: Mapping[str, Any], context: Context) -> None:
+    """What matters, on the terminal."""
+    from mtgdm.reports.evaluation_words import against_teacher, failing, judged, short_comparison, speed
+
+    columns = ["metric", "#base", "#student", "95 % interval", "#teacher", "verdict"]
+    context.terminal.table(columns, short_comparison(data))
+    for line in (failing(data), speed(data), against_teacher(data), judged(data), *data["notes"]):
+        if line:
+            context.print(f"· {line}")
 
 
 def _leaked(eval_outputs: Path, rows: int) -> int:
