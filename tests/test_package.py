@@ -262,6 +262,11 @@ def test_a_disk_that_is_too_small_is_told_before_any_work(
     with pytest.raises(UserError, match="while it is made, and"):
         packaged(workspace)
     assert not student(workspace).exists()
+    left = workspace / "data/export/.base-student.tmp/half.gguf"
+    left.parent.mkdir()
+    left.write_bytes(b"0" * 10**7)
+    packaged(workspace)
+    assert not left.exists()
 
 
 def test_a_quantization_without_llama_cpp_is_refused_before_any_work(

@@ -164,7 +164,7 @@ def run(config: PackageConfig, context: Context) -> Result:
         order = _order(config, context, student, formats, target.name)
         about = folder.provenance(target, order.fingerprint)
         if about is None:
-            _check_room(config, student, formats)
+            _check_room(config, student, formats, target)
             about = build.build(order, student, context, target)
         else:
             context.print(f"{manifest.relative(target, context.workspace)} is there already, and whole")
@@ -248,12 +248,15 @@ def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple
     return formats
 
 
-def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> None:
+def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Format], target: Path) -> None:
     """UserError where the disk is too small for the package and what is made on the way."""
-    folder = config.out
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    from mtgdm.export import folder
+
+    place = config.out
+    while not place.exists():
+        place = place.parent
+    # What a killed run left is cleared away by this one.
+    free = shutil.disk_usage(place).free + folder.size_of(target.with_name(f".{target.name}.tmp"))
     needed = _ROOM_TO_SPARE * sum(_room(config, student, formats).values())
     if needed > free:
         raise UserError(
