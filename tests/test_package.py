@@ -289,6 +289,7 @@ def test_a_quantization_without_llama_cpp_is_refused_before_any_work(
         ({"push": "me/gui de"}, "is no repository"),
         ({"quantize": "q9"}, "q9"),
         ({"name": "../guide"}, "name"),
+        ({"name": ".."}, "name"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(workspace: Path, settings: dict[str, Any], why: str) -> None:

@@ -47,7 +47,7 @@ class PackageConfig(StageConfig):
     """Where checkpoints lie."""
     out: Path = Path("data/export")
     """The package goes into a folder of the student's name under this one."""
-    name: str = Field("", pattern=r"^[^/\\\s]*$")
+    name: str = Field("", pattern=r"^(\w[\w.-]*)?$")
     """The student's name; by default made from the checkpoint."""
     formats: tuple[Format, ...] | None = None
     """What to make, of adapter, merged, gguf, gguf-adapter; by default the first three, less GGUF where the base does
