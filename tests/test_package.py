@@ -182,7 +182,7 @@ def test_a_package_that_is_there_and_whole_is_not_made_again(workspace: Path) ->
 
 
 def test_the_modelfile_is_made_for_the_first_gguf_from_what_the_training_knew(workspace: Path) -> None:
-    packaged(workspace, formats="gguf", quantize="F16,q8_0", license="apache-2.0")
+    packaged(workspace, formats="gguf", quantize="F16,q8_0,Q8_0", license="apache-2.0")
     lines = (student(workspace) / "Modelfile").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "FROM ./base-student-f16.gguf"
     assert "PARAMETER temperature 0" in lines

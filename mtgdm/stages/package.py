@@ -81,12 +81,10 @@ class PackageConfig(StageConfig):
     @field_validator("quantize", mode="before")
     @classmethod
     def _as_gguf_writes(cls, value: Any) -> Any:
-        """`Q4_K_M` is as good as `q4_k_m`."""
-        return (
-            [one.lower() if isinstance(one, str) else one for one in value]
-            if isinstance(value, list)
-            else value
-        )
+        """`Q4_K_M` is as good as `q4_k_m`, and twice the same is once."""
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(dict.fromkeys(one.lower() if isinstance(one, str) else one for one in value))
 
     def resolved(self, workspace: Path) -> Self:
         """The same settings with every path absolute."""
