@@ -188,7 +188,7 @@ def test_a_package_that_is_there_and_whole_is_not_made_again(workspace: Path) ->
 
 
 def test_the_modelfile_is_made_for_the_first_gguf_from_what_the_training_knew(workspace: Path) -> None:
-    packaged(workspace, formats="gguf", quantize="F16,q8_0", license="apache-2.0")
+    packaged(workspace, formats="gguf", quantize="F16,q8_0,Q8_0", license="apache-2.0")
     lines = (student(workspace) / "Modelfile").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "FROM ./base-student-f16.gguf"
     assert "PARAMETER temperature 0" in lines
@@ -268,6 +268,11 @@ def test_a_disk_that_is_too_small_is_told_before_any_work(
     with pytest.raises(UserError, match="while it is made, and"):
         packaged(workspace)
     assert not student(workspace).exists()
+    left = workspace / "data/export/.base-student.tmp/half.gguf"
+    left.parent.mkdir()
+    left.write_bytes(b"0" * 10**7)
+    packaged(workspace)
+    assert not left.exists()
 
 
 def test_a_quantization_without_llama_cpp_is_refused_before_any_work(
@@ -290,6 +295,7 @@ def test_a_quantization_without_llama_cpp_is_refused_before_any_work(
         ({"push": "me/gui de"}, "is no repository"),
         ({"quantize": "q9"}, "q9"),
         ({"name": "../guide"}, "name"),
+        ({"name": ".."}, "name"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(workspace: Path, settings: dict[str, Any], why: str) -> None:

@@ -122,7 +122,7 @@ class Card:
             yield "In transformers:"
             yield from ("", "```python", "from transformers import pipeline", "")
             yield 'chat = pipeline("text-generation", "merged")'
-            yield 'messages = [{"role": "user", "content": "..."}]  # as in prompts.jsonl'
+            yield 'messages = [{"role": "user", "content": "..."}]  # or a system and a user turn, as in the training'
             yield "answer = chat(messages, max_new_tokens=1024, do_sample=False)"
             yield 'print(answer[0]["generated_text"][-1]["content"])'
             yield from ("```", "")

@@ -47,7 +47,7 @@ class PackageConfig(StageConfig):
     """Where checkpoints lie."""
     out: Path = Path("data/export")
     """The package goes into a folder of the student's name under this one."""
-    name: str = Field("", pattern=r"^[^/\\\s]*$")
+    name: str = Field("", pattern=r"^(\w[\w.-]*)?$")
     """The student's name; by default made from the checkpoint."""
     formats: tuple[Format, ...] | None = None
     """What to make, of adapter, merged, gguf, gguf-adapter; by default the first three, less GGUF where the base does
@@ -81,12 +81,10 @@ class PackageConfig(StageConfig):
     @field_validator("quantize", mode="before")
     @classmethod
     def _as_gguf_writes(cls, value: Any) -> Any:
-        """`Q4_K_M` is as good as `q4_k_m`."""
-        return (
-            [one.lower() if isinstance(one, str) else one for one in value]
-            if isinstance(value, list)
-            else value
-        )
+        """`Q4_K_M` is as good as `q4_k_m`, and twice the same is once."""
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(dict.fromkeys(one.lower() if isinstance(one, str) else one for one in value))
 
     def resolved(self, workspace: Path) -> Self:
         """The same settings with every path absolute."""
@@ -166,7 +164,7 @@ def run(config: PackageConfig, context: Context) -> Result:
         order = _order(config, context, student, formats, target.name)
         about = folder.provenance(target, order.fingerprint)
         if about is None:
-            _check_room(config, student, formats)
+            _check_room(config, student, formats, target)
             about = build.build(order, student, context, target)
         else:
             context.print(f"{manifest.relative(target, context.workspace)} is there already, and whole")
@@ -250,12 +248,15 @@ def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple
     return formats
 
 
-def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> None:
+def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Format], target: Path) -> None:
     """UserError where the disk is too small for the package and what is made on the way."""
-    folder = config.out
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    from mtgdm.export import folder
+
+    place = config.out
+    while not place.exists():
+        place = place.parent
+    # What a killed run left is cleared away by this one.
+    free = shutil.disk_usage(place).free + folder.size_of(target.with_name(f".{target.name}.tmp"))
     needed = _ROOM_TO_SPARE * sum(_room(config, student, formats).values())
     if needed > free:
         raise UserError(
