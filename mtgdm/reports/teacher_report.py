@@ -198,8 +198,8 @@ def _reasons_section(data: Mapping[str, Any], run: TeacherRun) -> str:
             parts.append(f"<p>{summary}</p>")
             continue
         what = f"{example.spot} · {example.type} · {example.id}"
-        text = page.texts([(what, page.escape(example.text or "(no text)"), True)])
-        parts.append(page.details(summary, f"<p>{page.escape(example.reason)}</p>", text))
+        about = f'<p>{page.escape(example.reason)}</p><p class="soft">{page.escape(what)}</p>'
+        parts.append(page.details(summary, about, f"<pre>{page.escape(example.text or '(no text)')}</pre>"))
     lead = "Figures and quoted words are left out, so that like counts with like; open one for an example."
     return page.section("Reasons of rejection", lead, *parts)
 
