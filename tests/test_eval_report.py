@@ -27,7 +27,7 @@ REFUSED = [{"id": "a", "spot": "西湖", "refused": "the prompt is longer than t
 
 
 def described(workspace: Path, *rows: Any) -> dict[str, Any]:
-    return describe(read_evaluation(eval_metrics_file(workspace, *rows)))
+    return {"leaked_rows": 0, **describe(read_evaluation(eval_metrics_file(workspace, *rows)))}
 
 
 # --- which evaluation ----------------------------------------------------------------------------
@@ -132,6 +132,8 @@ def test_the_verdict_in_a_word_has_its_tone(tmp_path: Path) -> None:
     for row in rows:
         row["metrics"]["fact_recall"] = 0.0
     assert standing(described(tmp_path, *rows)) == ("better than its base, and worse", "warn")
+    word, tone = standing(described(tmp_path, *rows) | {"leaked_rows": 3})
+    assert word.startswith("tells little") and tone == "bad"
 
 
 def test_keys_of_the_contract_are_counted_beside_the_base(tmp_path: Path) -> None:

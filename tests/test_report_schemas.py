@@ -110,9 +110,11 @@ def test_odd_evaluations_keep_the_schema_too(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.usefixtures("no_browser")
-def test_a_train_report_keeps_its_schema(tmp_path: Path, ended: bool) -> None:
+def test_a_train_report_keeps_its_schema_and_holds_nothing_else(tmp_path: Path, ended: bool) -> None:
     train_metrics(tmp_path, *training_events(ended=ended))
-    check("train-report", report_json(run_stage(train_report, tmp_path)))
+    report = report_json(run_stage(train_report, tmp_path))
+    check("train-report", report)
+    assert undescribed(REPORTS["train-report"], report) == []
 
 
 def test_a_report_of_another_version_does_not_keep_the_schema(tmp_path: Path) -> None:

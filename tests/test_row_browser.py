@@ -17,6 +17,7 @@ from mtgdm.testing import run as run_stage
 from tests.conftest import write_lines
 from tests.pages import Look, Seen, look_at
 from tests.test_charts import browser  # noqa: F401 - a fixture
+from tests.test_lineage import made, state
 from tests.test_reports import eval_metrics
 
 HOSTILE = "</script><script>alert(1)</script>\u2028 & <!-- \ud800 'quoted'"
@@ -257,12 +258,17 @@ def test_hostile_texts_and_long_answers_do_the_page_no_harm(
 ) -> None:
     texts = {0: {"text": HOSTILE}, 1: {"text": "山水" * 8000}}
     evaluated(tmp_path, 2, reference=texts, output={1: {"text": "水山" * 8000}, 0: {"text": HOSTILE + "x"}})
+    long = state(f"data/{'long' * 30}.jsonl", "b")
+    made(tmp_path, "eval", state("data/eval_outputs.jsonl", "d"), long)
     asked = [
         set_("[data-filter=sort] select", "1"),
         open_first("[row.querySelector('pre').textContent, document.scripts.length]"),
+        "document.querySelectorAll('details').forEach(one => one.open = true)",
+        "document.body.textContent.includes('What it was made from')",
     ]
     seen = visited(tmp_path, browser, monkeypatch, *asked, width=360)
     text, scripts = seen.answers[1]
     assert ascii(text) == ascii(HOSTILE)  # escaped, because pytest cannot show a lone surrogate
     assert scripts == 6
+    assert seen.answers[-1] is True
     assert seen.overflow == 0

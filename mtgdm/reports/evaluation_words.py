@@ -53,6 +53,8 @@ def headline(data: Mapping[str, Any]) -> str:
 def standing(data: Mapping[str, Any]) -> tuple[str, str]:
     """The verdict in a word or two, and its tone: `good`, `bad`, `warn`, `info`, or empty."""
     better, worse = data["verdict"]["better"], data["verdict"]["worse"]
+    if data["leaked_rows"]:
+        return "tells little: the student was trained on spots of these rows", "bad"
     if not data["difference"]:
         return "no base to compare with", "info"
     if better and worse:

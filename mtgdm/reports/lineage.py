@@ -14,7 +14,7 @@ SHORT = 12
 
 
 def trace(output: Path, workspace: Path) -> list[Manifest]:
-    """The manifest of an output, then those of its inputs, and theirs; what has none ends the way."""
+    """The manifests of an output, of its inputs, and of theirs, the latest first; what has none ends the way."""
     found: dict[Path, Manifest] = {}
     waiting = [output]
     while waiting:
@@ -23,7 +23,7 @@ def trace(output: Path, workspace: Path) -> list[Manifest]:
         if made is not None:
             found[path] = made
             waiting += [workspace / state.path for state in made.inputs]
-    return list(found.values())
+    return sorted(found.values(), key=lambda made: made.started.timestamp(), reverse=True)
 
 
 def changed(manifests: Iterable[Manifest]) -> set[tuple[str, str]]:

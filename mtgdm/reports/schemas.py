@@ -204,6 +204,8 @@ class EvalLoss(Shape):
     first: EvalPoint
     best: EvalPoint | None
     final: EvalPoint
+    kept_step: int | None = None
+    """The step whose checkpoint was kept, where the run says."""
     gap_to_train: Number
 
 
@@ -222,6 +224,10 @@ class GradientNorm(Spread):
 class StepSeconds(Spread):
     """How long a step took."""
 
+    early: Number = None
+    """Median of the first fifth of the steps."""
+    late: Number = None
+    """Median of the last fifth."""
     drift: Number
     """How much longer the last steps took than the first, as a share."""
 
@@ -230,7 +236,31 @@ class LearningRate(Shape):
     """The highest learning rate and the last."""
 
     max: Number
+    max_step: int | None = None
     final: Number
+
+
+class RunOutcome(Shape):
+    """How one of several runs came out."""
+
+    name: str
+    metrics_file: str
+    verdict: str
+    steps: Steps
+    final_train_loss: Number
+    best_eval: EvalPoint | None
+    final_eval: EvalPoint | None
+    tokens_per_s: Number
+    peak_memory_mib: Number
+    seconds: Number
+
+
+class RunComparison(Shape):
+    """Several runs beside each other."""
+
+    runs: list[RunOutcome]
+    settings: dict[str, list[Any]]
+    """The settings that are not the same in all runs, with their value in each; null where one does not say."""
 
 
 class TrainReport(Shape):
@@ -259,6 +289,10 @@ class TrainReport(Shape):
     end: dict[str, Any] | None
     warnings: list[str]
     notes: list[str]
+    comparison: RunComparison | None = None
+    """Null where one run stands alone."""
+    lineage: list[Manifest] = []
+    """The manifests of the checkpoint and of what it was made from, the nearest first."""
 
 
 REPORTS: dict[str, type[Shape]] = {"eval-report": EvalReport, "train-report": TrainReport}
