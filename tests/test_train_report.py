@@ -175,7 +175,7 @@ def test_a_run_without_an_end_took_the_time_of_its_steps(tmp_path: Path) -> None
 
 
 def test_steps_that_grow_slower_are_told(tmp_path: Path) -> None:
-    assert "steps took +70% time at the end" in told(tmp_path, *training_events())[1]
+    assert "a step took 70% longer at the end" in told(tmp_path, *training_events())[1]
 
 
 def test_gradients_are_held_to_the_clip_that_the_run_names(tmp_path: Path) -> None:

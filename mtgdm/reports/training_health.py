@@ -187,8 +187,8 @@ def _speed_reasons(run: TrainingRun) -> list[str]:
     if not (math.isfinite(drift) and drift > DRIFT):
         return []
     return [
-        f"steps took {share(drift)} time at the end ({brief(figures['late'])} s against "
-        f"{brief(figures['early'])} s): the machine was shared or hot, or the rows grew longer"
+        f"a step took {drift:.0%} longer at the end ({brief(figures['late'])} s) than at the start "
+        f"({brief(figures['early'])} s): the machine was shared or hot, or the rows grew longer"
     ]
 
 

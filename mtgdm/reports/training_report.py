@@ -142,10 +142,10 @@ def _markdown(
     for name, link in links.items():
         question, lead = QUESTIONS[name]
         lines += ["", f"## {question}", "", lead, "", f"![{question}]({link})"]
-    run = [*_run_facts(data), *_settings(data)]
+    run = [(markdown.escape(key), markdown.code(value)) for key, value in _run_facts(data)]
+    run += [(markdown.code(key), markdown.code(value)) for key, value in _settings(data)]
     if run:
-        coded = [(markdown.escape(key), markdown.code(value)) for key, value in run]
-        lines += ["", "## The run", "", *markdown.table(["", ""], coded)]
+        lines += ["", "## The run", "", *markdown.table(["", ""], run)]
     lines += _notes(data)
     lines += ["", *lineage.in_markdown(manifests), f"Made from {markdown.code(data['metrics_file'])}.", ""]
     return "\n".join(lines)
