@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mtgdm.reports import page
-from mtgdm.reports.evaluation import read_evaluation
+from mtgdm.reports.evaluation import EvalRow, read_evaluation
 from mtgdm.reports.evaluation_rows import VERDICTS, rows_of_page
 from mtgdm.rows import row_id
 from mtgdm.stages.eval_report import run as eval_report
@@ -81,6 +82,29 @@ def test_every_row_is_there_with_its_texts_and_verdicts_the_worst_first(tmp_path
     assert data["systems"] == ["你是讲解员。"]
     assert (broken["split"], broken["output"]) == ("test", "景区7始建于1420年，在杭州市。")
     assert set(broken["verdicts"]) <= set(VERDICTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({"judge": {"score": 1.0}}, "judge: won"),
+        ({"judge": {"score": 0.5}}, "judge: tie"),
+        ({"judge": {"score": 0.0}}, "judge: lost"),
+        ({"leaked": True}, "trained on"),
+        ({"base": {"char_f1": 1.0}}, "worse than base"),
+        ({"base": {"char_f1": 0.1}}, "better than base"),
+        ({"student": {"char_f1": 0.9, "exact_match": True}}, "exact"),
+        ({"student": {"char_f1": 0.9, "prose_valid": True}}, "valid"),
+        ({"student": {"char_f1": 0.9, "prose_valid": False}}, "prose rules failed"),
+        ({"student": {"char_f1": 0.9, "language_ok": False}}, "wrong language"),
+        ({"student": {"char_f1": 0.9, "unsupported_facts": 2}}, "unsupported facts"),
+        ({"student": {"char_f1": 0.9, "finish_reason": "length"}}, "cut"),
+    ],
+)
+def test_a_row_can_be_filtered_by_what_became_of_it(change: dict[str, Any], verdict: str) -> None:
+    plain = EvalRow("a", "西湖", "浙江省", "general", {"char_f1": 0.9}, {"char_f1": 0.9})
+    assert not any(holds(plain) for holds in VERDICTS.values())
+    assert VERDICTS[verdict](replace(plain, **change))
 
 
 def test_where_there_is_no_room_the_worst_rows_stay(tmp_path: Path) -> None:
