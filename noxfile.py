@@ -61,7 +61,9 @@ def llama(session: nox.Session) -> None:
         "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2"),
     }
     session.install("-c", "constraints.txt", "-e", ".[train,llama]", "--group", "tests", env=build)
-    session.run("pytest", "-m", "llama", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    session.run(
+        "pytest", "-m", "llama", *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    )
 
 
 @nox.session
