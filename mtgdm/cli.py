@@ -532,8 +532,8 @@ def config_show(
 @config_app.command("schema")
 def config_schema(
     of: Annotated[
-        Literal["profile", "eval-report", "train-report"],
-        typer.Argument(metavar="[OF]", help="A profile, or the JSON of a report: eval-report, train-report."),
+        Literal["profile", "eval-report", "train-report", "teacher-report"],
+        typer.Argument(metavar="[OF]", help="A profile, or the JSON of a report."),
     ] = "profile",
 ) -> None:
     """Print the JSON Schema of a profile, for an editor that checks YAML, or of a report's JSON."""

@@ -162,6 +162,22 @@ def test_a_server_that_is_not_there_or_lacks_the_model_is_one_line(
     assert spelled.value.hint == "did you mean 'ollama'?"
 
 
+def test_texts_are_sent_as_the_students_tokenizer_would_read_them(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    found = write_test_rows(tmp_path, 1)
+    for row in found:
+        row["messages"][-2]["content"] += " cafe\u0301"
+    write_lines(tmp_path / "data" / "teacher.jsonl", *found)
+    write_lines(tmp_path / "checkpoint" / "training.json", json.dumps({"train_spots": []}))
+    for normalizer, sent in ((None, "cafe\u0301"), ({"type": "NFC"}, "caf\u00e9")):
+        server.questions.clear()
+        write_lines(tmp_path / "checkpoint" / "tokenizer.json", json.dumps({"normalizer": normalizer}))
+        evaluated(tmp_path, server, trained_on="checkpoint", overwrite=True)
+        assert all(sent in question.text for question in server.questions)
+        assert all("cafe\u0301" in row["messages"][-1]["content"] for row in outputs(tmp_path))
+
+
 def test_a_failing_server_is_the_students(tmp_path: Path, server: OllamaServer) -> None:
     write_test_rows(tmp_path, 1)
     server.fault = lambda question: Fault(500, {"error": "broken"})

@@ -15,7 +15,9 @@ from mtgdm.cli import config_schema
 from mtgdm.reports.schemas import REPORTS, schema_path, schema_text
 from mtgdm.stages.eval_report import run as eval_report
 from mtgdm.stages.report import run as train_report
+from mtgdm.stages.teacher_report import run as teacher_report
 from mtgdm.testing import run as run_stage
+from tests import test_teacher_report as teacher_rows
 from tests.conftest import CommandLine
 from tests.test_lineage import made, state
 from tests.test_reports import (
@@ -115,6 +117,21 @@ def test_a_train_report_keeps_its_schema_and_holds_nothing_else(tmp_path: Path, 
     report = report_json(run_stage(train_report, tmp_path))
     check("train-report", report)
     assert undescribed(REPORTS["train-report"], report) == []
+
+
+@pytest.mark.usefixtures("no_browser")
+def test_a_teacher_report_keeps_its_schema_and_holds_nothing_else(tmp_path: Path) -> None:
+    teacher_rows.log(
+        tmp_path, "20261123-100000", *(teacher_rows.said("10:00:09,000", number) for number in range(3))
+    )
+    told: dict[str, Any] = {"facts": {"recall": 0.5, "unsupported": ["1999年"]}}
+    rows = [teacher_rows.kept(0), teacher_rows.kept(1, **told)]
+    teacher_rows.written(tmp_path, *rows, lost=(teacher_rows.rejected(2),))
+    made(tmp_path, "teacher", state("data/teacher.jsonl", "b"), state("data/prompts.jsonl", "a"))
+    report = report_json(run_stage(teacher_report, tmp_path))
+    check("teacher-report", report)
+    assert report["pace"] and report["most_unsupported"] and report["lineage"]
+    assert undescribed(REPORTS["teacher-report"], report) == []
 
 
 def test_a_report_of_another_version_does_not_keep_the_schema(tmp_path: Path) -> None:

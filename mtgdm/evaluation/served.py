@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mtgdm.errors import BadRow, SettingError, UserError
@@ -55,10 +57,15 @@ class Served(Student):
         *,
         base_model: str | None = None,
         constrained: bool = False,
+        normalise: bool = False,
         say: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`say` hears of every retry, `warn` of what the user should look at."""
+        """`say` hears of every retry, `warn` of what the user should look at.
+
+        `normalise` sends texts in NFC, as the student's own tokenizer reads them: llama.cpp takes them as they are.
+        """
+        self._normalise = normalise
         self._domain = domain
         self._standard = AsItIs(domain, constrained=constrained)
         self._constrained = constrained
@@ -84,11 +91,13 @@ class Served(Student):
     def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
         """Ask over the request loop of the teacher: retries, several addresses, fewer where the server is busy."""
         asked = self._backends(self.base_name if base else None)
+        by_id = {row.id: row for row in rows}
 
         def record(outcome: Outcome) -> None:
             completion = outcome.completion
+            row = by_id[outcome.row.id]
             if outcome.reason is not None or completion is None:
-                refuse(outcome.row, outcome.reason or "no answer came")
+                refuse(row, outcome.reason or "no answer came")
                 return
             reply = Reply(
                 completion.text,
@@ -97,17 +106,26 @@ class Served(Student):
                 completion.output_tokens,
                 completion.seconds,
             )
-            keep(outcome.row, reply)
+            keep(row, reply)
 
         loop = Loop(asked, self._settings, self._standard, say=self._say, warn=self._warn)
         with in_words_of("student"):
-            asyncio.run(loop.run(iter(rows), record))
+            asyncio.run(loop.run(map(self._as_sent, rows), record))
         self._unconstrained |= self._constrained and not all(one.holds_to_schema for one in asked)
 
     def remarks(self) -> Iterator[str]:
         """Whether the server took the schemas after all."""
         if self._unconstrained:
             yield "the server takes no schemas: the answers were not constrained"
+
+    def _as_sent(self, row: Row) -> Row:
+        if not self._normalise:
+            return row
+        messages = [
+            {**message, "content": unicodedata.normalize("NFC", message["content"])}
+            for message in row.messages
+        ]
+        return replace(row, messages=messages)
 
     def _backends(self, model: str | None) -> list[Backend]:
         settings = self._settings if model is None else self._settings.model_copy(update={"model": model})

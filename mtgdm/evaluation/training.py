@@ -52,6 +52,16 @@ class Training:
                 f"this file is not what `mtgdm train` writes ({type(error).__name__}: {error})", where=path
             ) from error
 
+    @property
+    def normalises(self) -> bool:
+        """Whether the student's tokenizer brings a text into NFC, which llama.cpp leaves to who asks it."""
+        path = self.path.with_name("tokenizer.json")
+        try:
+            kind = json.loads(path.read_text(encoding="utf-8")).get("normalizer")
+        except (OSError, ValueError, AttributeError):
+            return False
+        return '"NFC"' in json.dumps(kind)
+
     def leaked(self, rows: Sequence[Row]) -> list[Row]:
         """The rows that were trained on, or are about a spot that was."""
         return [

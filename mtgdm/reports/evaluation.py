@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtgdm.errors import BadRow, UserError
-from mtgdm.reports.values import counted
 from mtgdm.rows import is_manifest, read_lines
 from mtgdm.scoring import failures
+from mtgdm.terminal import counted
 
 Who = Literal["student", "base", "teacher"]
 

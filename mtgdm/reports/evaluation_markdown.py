@@ -21,7 +21,8 @@ from mtgdm.reports.evaluation_words import (
     speeds,
 )
 from mtgdm.reports.markdown import code, escape, table
-from mtgdm.reports.values import counted, shown
+from mtgdm.reports.values import shown
+from mtgdm.terminal import counted
 
 
 def in_markdown(

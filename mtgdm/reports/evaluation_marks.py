@@ -14,7 +14,7 @@ from mtgdm.charts.style import (
     faded,
 )
 from mtgdm.reports.evaluation import Evaluation, Who
-from mtgdm.reports.values import counted
+from mtgdm.terminal import counted
 
 DRAWN: tuple[tuple[Who, str], ...] = (("base", BASE), ("student", STUDENT))
 """Who stands in the charts, in the order of drawing."""

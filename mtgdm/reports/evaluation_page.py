@@ -22,7 +22,7 @@ from mtgdm.reports.evaluation_words import (
     standing,
     title,
 )
-from mtgdm.reports.values import counted
+from mtgdm.terminal import counted
 
 TONES = {"better": "good", "worse": "bad", "too few rows to tell": ""}
 REASONS_SHOWN = 12

@@ -24,7 +24,7 @@ from mtgdm.charts.style import (
 )
 from mtgdm.reports.evaluation import METRICS, EvalRow, Evaluation, Metric, values_of
 from mtgdm.reports.evaluation_marks import DRAWN, bars, keep_axes, legend, subtitle_of
-from mtgdm.reports.values import counted
+from mtgdm.terminal import counted
 
 MOST_TYPES = 4
 """More prompt types than this do not fit side by side; the JSON and the page have them all."""

@@ -14,7 +14,7 @@ from mtgdm.reports.evaluation_runtime import runtime_figure
 from mtgdm.reports.evaluation_summary import describe
 from mtgdm.reports.lineage import trace
 from mtgdm.reports.publish import Report
-from mtgdm.reports.values import counted
+from mtgdm.terminal import counted
 
 QUESTIONS = {
     "quality": (

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtgdm.reports.evaluation import METRICS, Metric, label
-from mtgdm.reports.values import brief, counted, shown, span
+from mtgdm.reports.values import brief, shown, span
+from mtgdm.terminal import counted
 
 SPEEDS = (
     ("latency_s", "seconds a row"),

@@ -295,7 +295,124 @@ class TrainReport(Shape):
     """The manifests of the checkpoint and of what it was made from, the nearest first."""
 
 
-REPORTS: dict[str, type[Shape]] = {"eval-report": EvalReport, "train-report": TrainReport}
+class Range(Spread):
+    """Mean, median, 95th percentile and ends of a figure over rows."""
+
+    rows: int
+    min: Number
+    max: Number
+
+
+class Claims(Shape):
+    """Claims that the records do not support."""
+
+    rows: int
+    """How many rows were checked."""
+    rows_with_claims: int
+    claims: int
+
+
+class TeacherType(Shape):
+    """What became of the rows of a prompt type, and what the kept answers are like."""
+
+    kept: int
+    rejected: int
+    repaired: int
+    characters: Range
+    prompt_tokens: Range
+    output_tokens: Range
+    fact_recall: Range
+    unsupported: Claims
+
+
+class Teacher(Shape):
+    """Who answered, and how many of the kept rows."""
+
+    backend: str
+    model: str
+    rows: int
+
+
+class TeacherTokens(Shape):
+    """What the kept answers cost."""
+
+    rows: int
+    """How many rows say it."""
+    prompt: int
+    output: int
+    prompt_per_row: Number
+    output_per_row: Number
+
+
+class Repairs(Shape):
+    """Answers that were kept at the second try."""
+
+    repaired: int
+    requests_per_kept_row: Number
+
+
+class TeacherPace(Shape):
+    """How fast the answers came, from the logs."""
+
+    sittings: int
+    seconds_worked: Number
+    answers: int
+    rows_per_minute: Number
+    output_tokens_per_s: Number
+    prompt_tokens: int
+    output_tokens: int
+    rejected_output_tokens: int
+
+
+class UnsupportedRow(Shape):
+    """One of the kept rows with most unsupported claims."""
+
+    id: str
+    spot: str | None
+    type: str
+    unsupported: int
+    claims: list[str]
+
+
+class TeacherReport(Shape):
+    """The JSON of `mtgdm teacher-report`."""
+
+    version: Literal[1]
+    kind: Literal["teacher"]
+    created: str
+    rows_file: str
+    complete: bool
+    """Whether every row was asked for."""
+    rows: int
+    kept: int
+    rejected: int
+    kept_share: Number
+    teachers: list[Teacher]
+    all_types: TeacherType
+    by_type: dict[str, TeacherType]
+    by_split: dict[str, int]
+    reasons: dict[str, int]
+    """Why rows were rejected, and how often."""
+    reasons_by_type: dict[str, dict[str, int]]
+    rejected_finish_reasons: dict[str, int]
+    tokens: TeacherTokens
+    repairs: Repairs
+    pace: TeacherPace | None
+    """Null where no log tells it."""
+    in_flight: Number
+    most_unsupported: list[UnsupportedRow]
+    notes: list[str]
+    findings: list[str]
+    """What is worth knowing, in sentences."""
+    lineage: list[Manifest]
+    """The manifests of the rows and of what they were made from, the latest first."""
+
+
+REPORTS: dict[str, type[Shape]] = {
+    "eval-report": EvalReport,
+    "train-report": TrainReport,
+    "teacher-report": TeacherReport,
+}
 """The reports with a published schema, by their names in `mtgdm config schema`."""
 
 

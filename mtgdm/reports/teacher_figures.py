@@ -26,8 +26,8 @@ from mtgdm.charts.style import (
 )
 from mtgdm.reports.teacher_pace import Bucket, Pace, over_time
 from mtgdm.reports.teacher_run import TeacherRun, TypeFigures
-from mtgdm.reports.values import counted
 from mtgdm.scoring.statistics import percentile
+from mtgdm.terminal import counted
 
 MOST_TYPES = 6
 """More prompt types than this find no room in a chart; the JSON has them all."""

@@ -14,7 +14,8 @@ from mtgdm.reports.teacher_figures import answers_figure, kept_figure, pace_figu
 from mtgdm.reports.teacher_pace import Pace
 from mtgdm.reports.teacher_run import TeacherRun
 from mtgdm.reports.teacher_summary import describe, large
-from mtgdm.reports.values import brief, clock, counted, shown
+from mtgdm.reports.values import brief, clock, shown
+from mtgdm.terminal import counted
 
 QUESTIONS = {
     "kept": (

@@ -9,8 +9,8 @@ from typing import Any
 
 from mtgdm.reports.teacher_pace import Pace, describe_pace
 from mtgdm.reports.teacher_run import TeacherRun, TypeFigures
-from mtgdm.reports.values import counted
 from mtgdm.scoring.statistics import percentile
+from mtgdm.terminal import counted
 
 SHOWN_REASONS = 3
 

@@ -32,7 +32,7 @@ from mtgdm.charts.style import (
 )
 from mtgdm.reports.training_health import ends
 from mtgdm.reports.training_run import TrainingRun, known
-from mtgdm.reports.values import counted
+from mtgdm.terminal import counted
 
 APART = 60
 """Markers of more evaluations than this would touch: they are a line."""

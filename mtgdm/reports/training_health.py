@@ -8,8 +8,9 @@ from statistics import fmean, median
 from typing import Any
 
 from mtgdm.reports.training_run import TrainingRun, known
-from mtgdm.reports.values import brief, counted, share
+from mtgdm.reports.values import brief, share
 from mtgdm.scoring.statistics import percentile
+from mtgdm.terminal import counted
 
 RISE = 0.02
 """Eval loss this much (relative) over its best, for two evaluations or more, is over-fitting, not noise."""

@@ -14,7 +14,8 @@ from mtgdm.reports.training_comparison import compared, comparison_figure
 from mtgdm.reports.training_figures import loss_figure, optimizer_figure
 from mtgdm.reports.training_health import describe
 from mtgdm.reports.training_run import TrainingRun
-from mtgdm.reports.values import brief, clock, counted, share, shown
+from mtgdm.reports.values import brief, clock, share, shown
+from mtgdm.terminal import counted
 
 TONES = {
     "healthy": "good",

@@ -55,8 +55,3 @@ def clock(seconds: Any) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 row`, `63 rows`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -340,14 +340,17 @@ def _student(
             references=references,
         )
     from mtgdm.evaluation.served import Served, answer_limit
+    from mtgdm.evaluation.training import Training
 
     limit = config.max_new_tokens or answer_limit(references)
+    trained = Training.of(config.trained_on) if config.trained_on is not None else None
     return Served(
         _server(config, config.backend, config.model, config.url, limit),
         wanted,
         context.domain,
         base_model=config.base_model,
         constrained=config.constrained,
+        normalise=trained is not None and trained.normalises,
         say=context.log.info,
         warn=context.warn,
     )
