@@ -14,6 +14,7 @@ _OLLAMA_TAG = re.compile(
     r"(?P<family>[\w.]+):(?P<size>\d[\d.]*b)(?P<kind>(?:-(?:instruct|base|coder))*)(?:-(?:q\d\w*|fp16))?",
     re.IGNORECASE,
 )
+_BESIDE_WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "adapter_config.json")
 _WHOLE_BYTES = 64 * 2**20
 _PIECES, _PIECE_BYTES = 256, 4096
 _SIZE = re.compile(r"a?\d[\d.]*b", re.IGNORECASE)
@@ -71,12 +72,13 @@ def template_fingerprint(template: str) -> str:
     return hashlib.sha256(template.encode("utf-8")).hexdigest()[:16]
 
 
-def weights_state(source: str) -> dict[str, str]:
-    """A digest of each file that a whole model is made of; a Hub id stands for itself."""
+def model_state(source: str) -> dict[str, str]:
+    """A digest of each file that a model's answers hang on; a Hub id stands for itself as `hub`."""
     folder = Path(source)
     if not folder.is_dir():
         return {"hub": source}
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    files = [*weights, *(folder / name for name in _BESIDE_WEIGHTS)]
     return {path.name: _digest(path) for path in sorted(files) if path.is_file()}
 
 

@@ -45,8 +45,8 @@ def test_weights_that_changed_in_one_place_in_a_thousand_are_noticed(
     file = tmp_path / "model.safetensors"
     weights = bytearray(os.urandom(8 * 2**20))
     file.write_bytes(weights)
-    before = checkpoints.weights_state(str(tmp_path))
-    assert checkpoints.weights_state(str(tmp_path)) == before
+    before = checkpoints.model_state(str(tmp_path))
+    assert checkpoints.model_state(str(tmp_path)) == before
     weights[::1000] = bytes(len(weights[::1000]))
     file.write_bytes(weights)
-    assert checkpoints.weights_state(str(tmp_path)) != before
+    assert checkpoints.model_state(str(tmp_path)) != before

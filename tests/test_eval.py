@@ -243,6 +243,27 @@ def test_a_row_that_was_trained_on_is_a_leak_whoever_says_what_it_is_about(works
         evaluated(workspace, test="data/other.jsonl", split="all")
 
 
+def test_another_checkpoint_named_beside_takes_no_leak_away(workspace: Path) -> None:
+    other = workspace / "other"
+    other.mkdir()
+    (other / "training.json").write_text('{"train_spots": []}', encoding="utf-8")
+    with pytest.raises(UserError, match="trained on 10 of these spots"):
+        evaluated(workspace, split="train", trained_on="other")
+
+
+def test_a_spot_is_known_whatever_stands_in_its_name_unseen(workspace: Path) -> None:
+    write_lines(workspace / "data" / "other.jsonl", teacher_row("train\u200b景区3", "test"))
+    with pytest.raises(UserError, match="trained on 1 of these spots"):
+        evaluated(workspace, test="data/other.jsonl")
+
+
+def test_rows_that_name_no_spot_are_told(workspace: Path) -> None:
+    messages = teacher_row("新景区", "test")["messages"]
+    write_lines(workspace / "data" / "other.jsonl", {"messages": messages})
+    ran = evaluated(workspace, test="data/other.jsonl", split="all")
+    assert any(line.startswith("1 row that name") for line in ran.warnings)
+
+
 def test_a_file_without_rows_of_the_split_is_refused(workspace: Path) -> None:
     write_lines(workspace / "data" / "other.jsonl", teacher_row("西湖", "train"))
     with pytest.raises(UserError, match="no row is in the split `test`"):
@@ -371,13 +392,108 @@ def test_rows_that_are_no_evaluation_are_never_overwritten(workspace: Path) -> N
     prompts.write_bytes(teacher.read_bytes()[:-9])  # the last line torn: it stays so too
     before = prompts.read_bytes()
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"prompts.jsonl:1: .*none of an evaluation"):
+        with pytest.raises(UserError, match=r"prompts.jsonl:1: this is no row of an evaluation"):
             evaluated(workspace, out="data/prompts.jsonl", overwrite=overwrite)
     assert prompts.read_bytes() == before
     strange = workspace / "data" / "strange.jsonl"
-    strange.write_text('{"id": "1", "output": "x", "meta": {"eval": 3}}\n', encoding="utf-8")
+    strange.write_text('{"id": "1", "output": "x", "metrics": {}, "meta": {"eval": 3}}\n', encoding="utf-8")
     with pytest.raises(UserError, match="of another tool"):
         evaluated(workspace, out="data/strange.jsonl")
+    for text in ("my notes", "my notes\n", "[1, 2, 3]"):
+        strange.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"strange.jsonl:1: this is no row of an evaluation"):
+            evaluated(workspace, out="data/strange.jsonl", overwrite=True)
+        assert strange.read_text(encoding="utf-8") == text
+
+
+def test_a_run_that_cannot_ask_leaves_the_answers_that_are_there(workspace: Path) -> None:
+    """Whatever is to be replaced goes when the first new answer is there, and not before."""
+    evaluated(workspace)
+    folder, before = workspace / "data", outputs(workspace)
+    made = (folder / "eval_outputs.jsonl.manifest.json").read_bytes()
+    (workspace / "base").rename(workspace / "away")
+    with pytest.raises(UserError, match="is not there"):
+        evaluated(workspace)
+    make_base(workspace / "small")
+    with pytest.raises(UserError, match="does not fit its base"):
+        evaluated(workspace, base_model="small", overwrite=True)
+    assert outputs(workspace) == before
+    assert (folder / "eval_outputs.jsonl.manifest.json").read_bytes() == made
+    assert not [path for path in folder.iterdir() if path.name.endswith(".old")]
+    # A kill before the first new answer leaves them aside: the next run brings them back.
+    (folder / "eval_outputs.jsonl").rename(folder / ".eval_outputs.jsonl.old")
+    (workspace / "away").rename(workspace / "base")
+    assert "4 of 4 rows are there already" in evaluated(workspace).printed
+
+
+def test_a_file_that_bears_the_name_of_the_bases_answers_is_left_alone(workspace: Path) -> None:
+    test = workspace / "data" / "t.base.jsonl"
+    test.write_bytes((workspace / "data" / "teacher.jsonl").read_bytes())
+    evaluated(workspace, test="data/t.base.jsonl", out="data/t.jsonl", compare_base=True)
+    assert test.is_file()
+    journal = workspace / "data" / ".t.jsonl.base"
+    journal.write_text('{"mine": 1}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="this is no answer of a base"):
+        evaluated(workspace, test="data/t.base.jsonl", out="data/t.jsonl", compare_base=True, overwrite=True)
+
+
+def test_answers_of_the_base_wait_whatever_else_is_asked_meanwhile(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtgdm.evaluation import local
+
+    asked: list[tuple[bool, int]] = []
+    whole = local.Local.ask
+
+    def ask(self: Any, rows_: Any, keep: Any, refuse: Any, *, base: bool = False) -> None:
+        asked.append((base, len(rows_)))
+        if not base and len(rows_) == 4:
+            raise KeyboardInterrupt
+        whole(self, rows_, keep, refuse, base=base)
+
+    monkeypatch.setattr(local.Local, "ask", ask)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(workspace, compare_base=True)
+    evaluated(workspace, compare_base=True, limit=1)
+    evaluated(workspace, model="base", out="data/other.jsonl", allow_leak=True, limit=1)
+    evaluated(workspace, compare_base=True)
+    assert asked == [(True, 4), (False, 4), (False, 1), (False, 1), (False, 3)]
+    assert not [path for path in (workspace / "data").iterdir() if path.name.endswith(".base")]
+
+
+def test_another_end_of_turn_or_tokenizer_is_another_student(workspace: Path) -> None:
+    evaluated(workspace, base_model="base")
+    path = workspace / "base" / "generation_config.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(value | {"eos_token_id": [0, 1, 2, 3]}), encoding="utf-8")
+    ran = evaluated(workspace, base_model="base")
+    assert any("its 4 answers will be replaced" in line for line in ran.printed)
+
+
+def test_a_base_that_moved_is_the_same_base(workspace: Path) -> None:
+    evaluated(workspace, compare_base=True)
+    (workspace / "base").rename(workspace / "moved")
+    ran = evaluated(workspace, compare_base=True, base_model="moved")
+    assert "4 of 4 rows are there already" in ran.printed
+
+
+def test_a_damaged_line_says_what_to_do_and_overwriting_passes_it(workspace: Path) -> None:
+    evaluated(workspace)
+    path = workspace / "data" / "eval_outputs.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b'{"id": broken}\n', *lines[2:]]))
+    with pytest.raises(UserError, match=r"eval_outputs.jsonl:2: not JSON") as caught:
+        evaluated(workspace)
+    assert "delete the line" in str(caught.value.hint)
+    evaluated(workspace, overwrite=True)
+    assert len(outputs(workspace)) == 4
+
+
+def test_a_renamed_test_file_is_known_by_its_rows_under_a_limit_too(workspace: Path) -> None:
+    evaluated(workspace)
+    (workspace / "data" / "teacher.jsonl").rename(workspace / "data" / "renamed.jsonl")
+    evaluated(workspace, test="data/renamed.jsonl", limit=1)
+    assert len(outputs(workspace)) == 4
 
 
 def test_answers_cut_under_another_limit_are_asked_again_and_the_others_stay(workspace: Path) -> None:
@@ -559,7 +675,7 @@ def test_the_base_of_an_adapter_is_looked_for_where_it_lies_now(workspace: Path)
     evaluated(workspace)
     before = [row["output"] for row in outputs(workspace)]
     (workspace / "base").rename(workspace / "elsewhere")
-    with pytest.raises(UserError, match=r"base model of .* cannot be used: .*'base'") as caught:
+    with pytest.raises(UserError, match=r"base model of .* is not there: base was a folder") as caught:
         evaluated(workspace, overwrite=True)
     assert "--base-model FOLDER" in str(caught.value.hint)
     evaluated(workspace, base_model="elsewhere", overwrite=True)

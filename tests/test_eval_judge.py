@@ -183,3 +183,16 @@ def test_a_judge_that_is_not_there_is_told_before_a_row_is_asked(
     assert "--judge-url" in str(caught.value.hint)
     with pytest.raises(SettingError, match="no judge backend"):
         judged(tmp_path, server, judge_backend="olama")
+
+
+def test_a_judge_of_some_rows_leaves_no_verdict_of_another_judge(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    write_test_rows(tmp_path)
+    judging(server, right_one, student="不错。")
+    judged(tmp_path, server)
+    server.models["other"] = 8192
+    found = json.dumps({"reason": "因为。", "winner": "tie"}, ensure_ascii=False)
+    server.answer = lambda question: found
+    judged(tmp_path, server, judge_model="other", limit=2)
+    assert [row.get("judge", {}).get("by") for row in outputs(tmp_path)] == ["ollama other"] * 2 + [None] * 4

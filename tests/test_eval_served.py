@@ -178,6 +178,28 @@ def test_texts_are_sent_as_the_students_tokenizer_would_read_them(
         assert all("cafe\u0301" in row["messages"][-1]["content"] for row in outputs(tmp_path))
 
 
+def test_rows_that_the_server_always_fails_do_not_stop_the_next_run(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    write_test_rows(tmp_path)
+    server.fault = lambda question: Fault(500, {"error": "broken"}) if "第1园" in question.text else None
+    assert evaluated(tmp_path, server, retries=0).manifests[0].counts["refused"] == 2
+    again = evaluated(tmp_path, server, retries=0)
+    assert (again.manifests[0].counts["rows"], again.manifests[0].counts["refused"]) == (4, 2)
+    server.fault = lambda question: Fault(500, {"error": "broken"})
+    with pytest.raises(UserError, match="failed in the same way"):
+        evaluated(tmp_path, server, retries=0)
+
+
+def test_a_model_that_is_not_there_costs_no_answer_of_another(tmp_path: Path, server: OllamaServer) -> None:
+    write_test_rows(tmp_path)
+    evaluated(tmp_path, server)
+    before = outputs(tmp_path)
+    with pytest.raises(UserError, match="is not pulled"):
+        evaluated(tmp_path, server, model="typo", overwrite=True)
+    assert outputs(tmp_path) == before
+
+
 def test_a_failing_server_is_the_students(tmp_path: Path, server: OllamaServer) -> None:
     write_test_rows(tmp_path, 1)
     server.fault = lambda question: Fault(500, {"error": "broken"})

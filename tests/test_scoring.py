@@ -241,6 +241,20 @@ def test_spots_that_are_all_alike_do_not_make_a_mean_certain() -> None:
     assert (by_spot.low, by_spot.high) == (half.low, half.high)
 
 
+@pytest.mark.parametrize("spots", [2, 3, 4, 5, 7])
+def test_intervals_of_few_spots_hold_the_truth_as_often_as_they_promise(spots: int) -> None:
+    chance = random.Random(1)
+    runs = [mean_interval([chance.gauss(0, 1) for _ in range(spots)], shares=False) for _ in range(2000)]
+    assert 0.93 < sum(run.low <= 0 <= run.high for run in runs) / len(runs) < 0.97
+
+
+def test_a_gain_that_is_the_same_everywhere_has_a_direction_and_no_bounds() -> None:
+    gain = paired_difference([1.0] * 6, [0.0] * 6)
+    assert gain.verdict == "better" and math.isnan(gain.low)
+    nothing = paired_difference([0.3] * 6, [0.1 + 0.2] * 6)
+    assert nothing.verdict == "too few rows to tell"
+
+
 def test_counts_without_spread_promise_what_a_poisson_rate_does() -> None:
     none = mean_interval([0] * 21, shares=False)
     assert none.low == 0 and none.high == pytest.approx(3.689 / 21, abs=1e-3)

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtgdm import manifest
-from mtgdm.checkpoints import weights_state
+from mtgdm.checkpoints import model_state
 from mtgdm.errors import UserError
 from mtgdm.evaluation.student import Keep, Refuse, Reply, Student, answer_limit, prompt_ids
 from mtgdm.evaluation.training import Training
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from mtgdm.rows import Row
     from mtgdm.student.chat import Chat
     from mtgdm.student.generation import Answer
-
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 class Weights:
@@ -47,12 +44,14 @@ class Weights:
                 self.training.check_base(named)
             base_model = base_model or base.base_of(self.source)
         self.base_model = base_model
-        self.base_source = None if base_model is None else self._base(base_model, workspace)
+        self.base_source = (
+            None if base_model is None else self._base(base_model, workspace, named_by_hand=named_by_hand)
+        )
         if self.training is not None and self.is_adapter and not named_by_hand:
             other = "; --base-model FOLDER takes another all the same"
             self.training.check_base_state(self.base_states, otherwise=other)
 
-    def _base(self, base_model: str, workspace: Path) -> str:
+    def _base(self, base_model: str, workspace: Path, *, named_by_hand: bool) -> str:
         from mtgdm.student import base
 
         try:
@@ -63,6 +62,13 @@ class Weights:
                 where=error.where,
                 hint="put it back, or say where it lies now: --base-model FOLDER",
             ) from error
+        known = {} if self.training is None else self.training.base_state
+        if known and "hub" not in known and not named_by_hand and not Path(source).is_dir():
+            raise UserError(
+                f"the base model of {self.shown} is not there: {base_model} was a folder in its training",
+                where=self.source,
+                hint="put it back, or say where it lies now: --base-model FOLDER",
+            )
         base.check_folder(source)
         return source
 
@@ -74,17 +80,13 @@ class Weights:
     @property
     def states(self) -> dict[str, Any]:
         """What tells one state of the student from another: the contents of its files, and its base's."""
-        if not self.is_adapter:
-            return weights_state(self.source)
-        folder = Path(self.source)
-        files = [folder / name for name in _ADAPTER_FILES]
-        own = {path.name: manifest.state(path, folder).sha256 for path in files if path.is_file()}
-        return {**own, "base": self.base_states}
+        own = model_state(self.source)
+        return {**own, "base": self.base_states} if self.is_adapter else own
 
     @property
     def base_states(self) -> dict[str, Any]:
         """The same of its base."""
-        return {} if self.base_source is None else weights_state(self.base_source)
+        return {} if self.base_source is None else model_state(self.base_source)
 
 
 def _inside(folder: Path) -> str:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mtgdm import rows
 from mtgdm.domain import contract_problem
+from mtgdm.errors import BadRow
 from mtgdm.evaluation.served import in_words_of
 from mtgdm.plugins import named
 from mtgdm.rows import Journal, Row, row_id
@@ -118,6 +119,10 @@ class PairwiseJudge:
 
         def inspect(number: int, line: bytes) -> None:
             value = rows.parse_object(self._cache, number, line)
+            if "judge" not in value or "winner" not in value:
+                raise BadRow(
+                    self._cache, number, "this is no verdict", hint="mtgdm keeps verdicts under this name"
+                )
             if value.get("judge") == fingerprint:
                 found[value["id"]] = value["winner"]
 

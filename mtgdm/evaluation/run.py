@@ -15,8 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtgdm import rows
-from mtgdm.errors import UserError
-from mtgdm.evaluation.earlier import WAYS_OUT, about, fits_limit, mend, metrics_of, read_outputs, same
+from mtgdm.errors import BadRow, UserError
+from mtgdm.evaluation.earlier import (
+    WAYS_OUT,
+    Aside,
+    about,
+    fits_limit,
+    mend,
+    metrics_of,
+    read_outputs,
+    refuse_other_files,
+    same,
+)
 from mtgdm.evaluation.student import RUNTIME, Reply, Student
 from mtgdm.manifest import settings_digest
 from mtgdm.rows import Journal, Row
@@ -84,6 +94,7 @@ class Evaluation:
         *,
         out: Path,
         test: str,
+        known: Collection[str] = (),
         compare: bool = False,
         settings: Sequence[Any] = (),
         about: str = "",
@@ -92,7 +103,7 @@ class Evaluation:
         overwrite: bool = False,
         log_every: int = 10,
     ) -> None:
-        """`test`: the file of the rows, as outputs name it.
+        """`test`: the file of the rows, as outputs name it; `known`: ids of all rows there that could be asked.
 
         `settings`: what else shapes an answer. `about`: the same in words. `leaked`: ids of rows about what the
         student was trained on. `partial`: rows not wanted stay.
@@ -102,6 +113,7 @@ class Evaluation:
         self._context = context
         self._out = out
         self._test = test
+        self._known = {*known, *(row.id for row in wanted)}
         self._compare = compare
         self._leaked = frozenset(leaked)
         self._partial = partial
@@ -114,16 +126,33 @@ class Evaluation:
         shaping = {**student.identity, "base": base, "settings": list(settings)}
         self._fingerprint = settings_digest(shaping)[:16]
         self._refused: dict[str, str] = {}
+        self._asked = 0
         self._found: dict[str, dict[str, Any]] = {}
         self._means, self._base_means = Running(), Running()
         self._tokens = 0
 
     def run(self) -> Evaluated:
         """Ask the base, then the student, and write each row as soon as it is whole."""
+        self._aside = Aside(self._out)
         earlier = self._earlier()
         missing = [row for row in self._wanted if row.id not in earlier]
         if earlier:
             self._context.print(f"{len(earlier):,} of {len(self._wanted):,} rows are there already")
+        self._student.witness = next((row for row in self._wanted if row.id in earlier), None)
+        try:
+            self._write(earlier, missing)
+        except BaseException:
+            if not self._asked:
+                self._aside.bring_back()
+            raise
+        self._aside.forget()
+        rows.put_in_order(self._out, (row.id for row in self._wanted))
+        if self._compare:
+            self._tidy_base_journal()
+        found = [self._found[row.id] for row in self._wanted if row.id in self._found]
+        return Evaluated(found, self._refused, self._means.means, self._base_means.means)
+
+    def _write(self, earlier: Mapping[str, dict[str, Any]], missing: list[Row]) -> None:
         with self.metrics_path.open("wb") as metrics_file, Journal(self._out) as journal:
 
             def keep(row: dict[str, Any]) -> None:
@@ -139,21 +168,21 @@ class Evaluation:
             if missing:
                 self._ask(missing, journal, keep)
             metrics_file.writelines(self._refused_lines())
-        rows.put_in_order(self._out, (row.id for row in self._wanted))
-        if not self._refused:
-            self._base_path.unlink(missing_ok=True)
-        found = [self._found[row.id] for row in self._wanted if row.id in self._found]
-        return Evaluated(found, self._refused, self._means.means, self._base_means.means)
 
-    def add_verdicts(self, found: Evaluated, judged: Mapping[str, dict[str, Any]]) -> None:
+    def add_verdicts(
+        self, found: Evaluated, judged: Mapping[str, dict[str, Any]], *, by: str | None = None
+    ) -> None:
         """Put the verdicts of a judge into the rows and their metrics; those of an earlier judge go."""
         for row in found.rows:
             row.pop("judge", None)
             if row["id"] in judged:
                 row["judge"] = judged[row["id"]]
-        # With --limit the file holds rows that were not asked about this time: they stay as they are.
+        # With --limit the file holds rows that were not asked about this time: they stay, but for another's verdicts.
         now = {row["id"]: row for row in found.rows}
         there = [rows.parse_object(self._out, *line) for line in rows.read_lines(self._out)]
+        for row in there:
+            if by is not None and row["id"] not in now and row.get("judge", {}).get("by") != by:
+                row.pop("judge", None)
         with rows.replace(self._out) as file:
             file.writelines(rows.encode(now.get(row["id"], row)) for row in there)
         with rows.replace(self.metrics_path) as file:
@@ -171,18 +200,17 @@ class Evaluation:
         with self._context.progress(total, "answers" if self._compare else "rows") as bar:
             of_base = self._ask_base(missing, bar) if self._compare else {}
             missing = [row for row in missing if row.id not in self._refused]
-            asked = 0
             started, self._tokens = time.monotonic(), 0
 
             def answered(row: Row, reply: Reply) -> None:
-                nonlocal asked
-                asked += 1
+                self._asked += 1
                 of_its_base = of_base.get(row.id)
                 beside = (of_its_base["output"], of_its_base["runtime"]) if of_its_base else None
                 scored = self._scored(row, (reply.text, reply.runtime), beside)
                 journal.append(scored)
+                self._aside.forget()
                 keep(scored)
-                self._log(asked, scored)
+                self._log(self._asked, scored)
                 bar.advance()
                 means = self._means.means
                 first, *others = [f"{SHOWN[key]} {means[key]:.3f}" for key in _WHILE_RUNNING if key in means]
@@ -197,7 +225,7 @@ class Evaluation:
         found: dict[str, dict[str, Any]] = {}
 
         def inspect(number_: int, line: bytes) -> None:
-            value = rows.parse_object(path, number_, line)
+            value = _base_answer(path, number_, line)
             limit = self._student.max_new_tokens
             if value.get("fingerprint") == self._fingerprint and fits_limit(
                 value["runtime"], value.get("max_new_tokens"), limit
@@ -214,6 +242,7 @@ class Evaluation:
                 value = {
                     "id": row.id,
                     "messages": row.prompt,
+                    "model": self._label,
                     "fingerprint": self._fingerprint,
                     "max_new_tokens": self._student.max_new_tokens,
                     "output": reply.text,
@@ -230,6 +259,22 @@ class Evaluation:
                     asked, answered, lambda row, why: self._refuse(row, f"base: {why}", bar, 2), base=True
                 )
         return found
+
+    def _tidy_base_journal(self) -> None:
+        """Leave the base's answers that still wait for their student's: of rows not asked, or of another one."""
+        path = self._base_path
+        there = [_base_answer(path, *line) for line in rows.read_lines(path)] if path.exists() else []
+        waiting = [
+            value
+            for value in there
+            if value.get("model") != self._label
+            or (value["fingerprint"] == self._fingerprint and value["id"] not in self._found)
+        ]
+        if not waiting:
+            path.unlink(missing_ok=True)
+        elif len(waiting) < len(there):
+            with rows.replace(path) as file:
+                file.writelines(map(rows.encode, waiting))
 
     def _speed(self, reply: Reply, started: float) -> list[str]:
         self._tokens += reply.output_tokens or 0
@@ -279,16 +324,19 @@ class Evaluation:
     def _earlier(self) -> dict[str, dict[str, Any]]:
         """The rows that need not be asked again; what an earlier run left besides is told, or refused."""
         out = self._out
+        if self._overwrite and out.exists():
+            refuse_other_files(out)
+            self._base_path.unlink(missing_ok=True)
+            self._aside.put()
         there = read_outputs(out) if out.exists() else []
-        if self._overwrite:
-            self._remove(out, self._base_path)
+        if not there:
             return {}
-        if not there or self._is_of_a_former_student(there):
-            self._remove(out)
+        if self._is_of_a_former_student(there):
+            self._aside.put()
             return {}
         mend(out)
         wanted = {row.id: row for row in self._wanted}
-        self._refuse_other_rows([value for value in there if value["id"] not in wanted])
+        self._refuse_other_rows([value for value in there if value["id"] not in self._known])
         found: dict[str, dict[str, Any]] = {}
         kept: list[dict[str, Any]] = []
         for value in there:
@@ -362,14 +410,24 @@ class Evaluation:
         if again := len(gone) - dropped:
             self._context.print(f"asked again: {counted(again, 'row')}, under another limit of tokens")
 
-    def _remove(self, *paths: Path) -> None:
-        for path in paths:
-            rows.manifest_path(path).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-
     @property
     def _base_path(self) -> Path:
-        return self._out.with_name(f"{self._out.stem}.base{self._out.suffix}")
+        return self._out.with_name(f".{self._out.name}.base")
+
+
+def _base_answer(path: Path, number_: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = rows.parse_object(path, number_, line)
+    except BadRow as error:
+        raise BadRow(path, number_, error.reason, hint="delete the line: the base is asked again") from error
+    if "runtime" not in value or "fingerprint" not in value:
+        raise BadRow(
+            path,
+            number_,
+            "this is no answer of a base",
+            hint="mtgdm keeps such answers under this name: move it",
+        )
+    return value
 
 
 def metrics_line(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mtgdm.plugins import named
 from mtgdm.teachers.endpoints import backends
 from mtgdm.teachers.judgement import Judgement
 from mtgdm.teachers.loop import Loop
-from mtgdm.teachers.seam import GROUP
+from mtgdm.teachers.seam import GROUP, Unavailable
 from mtgdm.teachers.tokens import at_most, context_size, prompt_at_most
 
 if TYPE_CHECKING:
@@ -90,12 +90,13 @@ class Served(Student):
 
     def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
         """Ask over the request loop of the teacher: retries, several addresses, fewer where the server is busy."""
-        asked = self._backends(self.base_name if base else None)
         by_id = {row.id: row for row in rows}
 
         def record(outcome: Outcome) -> None:
+            row = by_id.pop(outcome.row.id, None)
+            if row is None:
+                return  # the witness
             completion = outcome.completion
-            row = by_id[outcome.row.id]
             if outcome.reason is not None or completion is None:
                 refuse(row, outcome.reason or "no answer came")
                 return
@@ -108,9 +109,19 @@ class Served(Student):
             )
             keep(row, reply)
 
-        loop = Loop(asked, self._settings, self._standard, say=self._say, warn=self._warn)
         with in_words_of("student"):
-            asyncio.run(loop.run(map(self._as_sent, rows), record))
+            try:
+                self._run(rows, record, base=base)
+            except Unavailable:
+                if self.witness is None:
+                    raise
+                # These rows alone may fail: a server that answers another one is there, and they are refused.
+                self._run([self.witness, *by_id.values()], record, base=base)
+
+    def _run(self, rows: Sequence[Row], record: Callable[[Outcome], None], *, base: bool) -> None:
+        asked = self._backends(self.base_name if base else None)
+        loop = Loop(asked, self._settings, self._standard, say=self._say, warn=self._warn)
+        asyncio.run(loop.run(map(self._as_sent, rows), record))
         self._unconstrained |= self._constrained and not all(one.holds_to_schema for one in asked)
 
     def remarks(self) -> Iterator[str]:

@@ -64,6 +64,8 @@ class Student(ABC):
     """The same of its base's answers."""
     max_new_tokens: int
     """Where an answer is cut."""
+    witness: Row | None = None
+    """A row that was answered before, where there is one: by it a student that is gone is told from one that fails."""
 
     @abstractmethod
     def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:

@@ -29,7 +29,7 @@ class Training:
     """Of the rows trained on: all, or in a checkpoint of an earlier mtgdm those without a spot."""
 
     base_state: Mapping[str, str]
-    """`checkpoints.weights_state` of the base; empty where an earlier mtgdm wrote the file."""
+    """`checkpoints.model_state` of the base; empty where an earlier mtgdm wrote the file."""
 
     @classmethod
     def of(cls, folder: Path) -> Training | None:
@@ -105,7 +105,7 @@ class Training:
 
 
 def _weights(state: Mapping[str, str]) -> list[str]:
-    return sorted(digest for name, digest in state.items() if name not in ("config.json", "hub"))
+    return sorted(digest for name, digest in state.items() if name.endswith((".safetensors", ".bin")))
 
 
 def _text(value: Any) -> str | None:
@@ -113,4 +113,6 @@ def _text(value: Any) -> str | None:
 
 
 def _spot_key(spot: str) -> str:
-    return "".join(unicodedata.normalize("NFKC", spot).split()).casefold()
+    """A spot however it is written: width, white space and what has no width at all do not count."""
+    shown = (one for one in unicodedata.normalize("NFKC", spot) if unicodedata.category(one) != "Cf")
+    return "".join("".join(shown).split()).casefold()

@@ -24,6 +24,8 @@ SMALLEST_PAIRS = 6
 """With fewer spots even an unbroken row of wins is chance: 2 · 0.5^5 is 0.06, 2 · 0.5^6 is 0.03."""
 ROUNDING = 1e-12
 """An interval no wider than this is of values that are all the same."""
+FEW = 8
+"""With fewer spots resampling cannot reach as far as it should: its means stay within those that were seen."""
 PLENTY = 2000
 """From so many spots on, resampling only repeats the normal approximation, at some cost."""
 
@@ -77,6 +79,8 @@ def mean_interval(
         low, high = _without_spread(values, mean, len(totals), confidence, shares=shares)
         if math.isnan(low):
             return Interval(mean, low, high, len(values))
+    if shares:
+        low, high = max(0.0, low), min(1.0, high)
     return Interval(mean, min(low, mean), max(high, mean), len(values))
 
 
@@ -99,9 +103,14 @@ def paired_difference(
     if len(totals) < 2:
         return Difference(mean, math.nan, math.nan, len(gains), "too few rows to tell")
     low, high = _bootstrap(totals, counts, confidence)
+    if high - low <= ROUNDING * max(1.0, abs(mean)):
+        # All gain the same: which way they go is known, and not how far others would.
+        low = high = math.nan
+    gained = low > 0 or (math.isnan(low) and mean > ROUNDING)
+    lost = high < 0 or (math.isnan(high) and mean < -ROUNDING)
     verdict: Verdict = "too few rows to tell"
-    if len(totals) >= SMALLEST_PAIRS and (low > 0 or high < 0):
-        verdict = "better" if (low > 0) is not lower_is_better else "worse"
+    if len(totals) >= SMALLEST_PAIRS and (gained or lost):
+        verdict = "better" if gained is not lower_is_better else "worse"
     return Difference(mean, low, high, len(gains), verdict)
 
 
@@ -134,7 +143,7 @@ def _bootstrap(totals: list[float], counts: list[int], confidence: float) -> tup
 
     units = len(totals)
     sums, sizes = numpy.asarray(totals), numpy.asarray(counts, dtype=float)
-    if units >= PLENTY:
+    if units >= PLENTY or units < FEW:
         return _normal(sums, sizes, confidence)
     picks = numpy.random.default_rng(SEED).integers(0, units, size=(RESAMPLES, units))
     means = sums[picks].sum(axis=1) / sizes[picks].sum(axis=1)
@@ -149,9 +158,11 @@ def _bootstrap(totals: list[float], counts: list[int], confidence: float) -> tup
 def _normal(
     sums: numpy.ndarray[Any, Any], sizes: numpy.ndarray[Any, Any], confidence: float
 ) -> tuple[float, float]:
+    """A t interval around a ratio of sums, its spread from the residuals of the units (Cochran 1977, section 6.4)."""
+    units = len(sums)
     mean = float(sums.sum() / sizes.sum())
-    spread = float(((sums - mean * sizes) ** 2).sum()) ** 0.5 / float(sizes.sum())
-    reach = NormalDist().inv_cdf((1 + confidence) / 2) * spread
+    residuals = float(((sums - mean * sizes) ** 2).sum()) * units / (units - 1)
+    reach = _t_quantile((1 + confidence) / 2, units - 1) * residuals**0.5 / float(sizes.sum())
     return mean - reach, mean + reach
 
 
@@ -174,7 +185,14 @@ def _wilson(share: float, units: int, confidence: float) -> tuple[float, float]:
 
 
 def _t_quantile(share: float, freedom: int) -> float:
-    """Student's t quantile by the Cornish-Fisher expansion: within 1 % from 4 degrees of freedom on."""
+    """Student's t quantile: in closed form for 1 and 2 degrees of freedom, else by the Cornish-Fisher expansion.
+
+    The expansion is within 2 % from 3 degrees of freedom on.
+    """
+    if freedom == 1:
+        return math.tan(math.pi * (share - 0.5))
+    if freedom == 2:
+        return (2 * share - 1) * math.sqrt(2 / (4 * share * (1 - share)))
     z = NormalDist().inv_cdf(share)
     return (
         z

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mtgdm.evaluation.pairwise import PairwiseJudge
     from mtgdm.evaluation.run import Evaluated
     from mtgdm.evaluation.student import Student
+    from mtgdm.evaluation.training import Training
     from mtgdm.teachers.seam import TeacherSettings
 
 IN_THIS_PROCESS = ("local", "vllm")
@@ -152,11 +153,18 @@ def run(config: EvalConfig, context: Context) -> Result:
             context.warn(
                 f"{student.name} names no base model, so it is evaluated alone; --base-model NAME compares it"
             )
-        return _evaluated(student, wanted, leaked, compare, config, context)
+        known = [row.id for row in in_split]
+        return _evaluated(student, wanted, known, leaked, compare, config, context)
 
 
 def _evaluated(
-    student: Student, wanted: list[Row], leaked: set[str], compare: bool, config: EvalConfig, context: Context
+    student: Student,
+    wanted: list[Row],
+    known: Sequence[str],
+    leaked: set[str],
+    compare: bool,
+    config: EvalConfig,
+    context: Context,
 ) -> Result:
     from mtgdm.evaluation.run import Evaluation, failures_path, write_failures
 
@@ -167,8 +175,9 @@ def _evaluated(
         context,
         out=config.out,
         test=manifest.relative(config.test, context.workspace),
+        known=known,
         compare=compare,
-        settings=[config.split, compare, config.base_model if compare else None, config.max_new_tokens],
+        settings=[config.split, compare, _base_by_name(compare, config), config.max_new_tokens],
         about=_about(student, compare, config),
         leaked=leaked,
         partial=bool(config.limit),
@@ -187,7 +196,7 @@ def _evaluated(
             f"{bad:,} of {counted(len(found.rows), 'answer')} with something wrong: {place}, the worst first"
         )
     if judge is not None:
-        evaluation.add_verdicts(found, _judged(judge, found, context))
+        evaluation.add_verdicts(found, _judged(judge, found, context), by=judge.name)
     return Result(
         counts={
             "rows": len(found.rows),
@@ -255,27 +264,39 @@ def _selected(config: EvalConfig, counts: Counter[str] | None = None) -> Iterato
             yield row
 
 
-def _refuse_leak(name: str, wanted: Sequence[Row], config: EvalConfig, context: Context) -> set[str]:
-    """The ids of rows about what the student was trained on; without --allow-leak there may be none."""
+def _trainings(name: str, config: EvalConfig) -> list[Training]:
+    """What is known of the training: from the checkpoint itself, and from the one that --trained-on names."""
     from mtgdm.evaluation.training import Training
 
-    if config.trained_on is not None:
-        training = Training.of(config.trained_on)
-        if training is None:
-            raise UserError(
-                "this folder has no training.json, so it is no checkpoint of `mtgdm train`",
-                where=config.trained_on,
-                hint="--trained-on names the checkpoint that the student was made from",
-            )
-    else:
-        training = Training.of(Path(name)) if config.backend in IN_THIS_PROCESS else None
-    if training is None:
+    named = config.trained_on
+    given = Training.of(named) if named is not None else None
+    if named is not None and given is None:
+        raise UserError(
+            "this folder has no training.json, so it is no checkpoint of `mtgdm train`"
+            if named.is_dir()
+            else "there is no such folder",
+            where=named,
+            hint="--trained-on names the checkpoint that the student was made from",
+        )
+    own = Training.of(Path(name)) if config.backend in IN_THIS_PROCESS else None
+    return [one for one in (own, given) if one is not None]
+
+
+def _refuse_leak(name: str, wanted: Sequence[Row], config: EvalConfig, context: Context) -> set[str]:
+    """The ids of rows about what the student was trained on; without --allow-leak there may be none."""
+    trainings = _trainings(name, config)
+    if not trainings:
         context.warn(
             f"whether {_shown(name, context)} was trained on these spots cannot be told: it has no training.json; "
             "--trained-on CHECKPOINT tells it"
         )
         return set()
-    leaked = training.leaked(wanted)
+    if unnamed := sum(row.spot is None for row in wanted):
+        context.warn(
+            f"{counted(unnamed, 'row')} that name no spot: only whether the very prompt was trained on can be told"
+        )
+    found = {row.id for training in trainings for row in training.leaked(wanted)}
+    leaked = [row for row in wanted if row.id in found]
     if leaked and not config.allow_leak:
         spots = len({row.spot or row.id for row in leaked})
         raise UserError(
@@ -380,11 +401,16 @@ def _server(
     )
 
 
+def _base_by_name(compare: bool, config: EvalConfig) -> str | None:
+    """The base as a server calls it; one in this process is known by its weights, wherever they lie."""
+    return config.base_model if compare and not config._here else None
+
+
 def _about(student: Student, compare: bool, config: EvalConfig) -> str:
     """What an answer hangs on beside the student, in words."""
     settings = ", beside its base" if compare else ""
-    if compare and config.base_model:
-        settings = f", beside {config.base_model}"
+    if named := _base_by_name(compare, config):
+        settings = f", beside {named}"
     four_bit = ", in 4-bit" if config.load_in_4bit else ""
     held = ", held to its schema" if config.constrained else ""
     size = f", at most {config.max_new_tokens} tokens" if config.max_new_tokens else ""

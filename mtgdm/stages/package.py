@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr, field_validator
 
 from mtgdm import __version__, manifest, rows
-from mtgdm.checkpoints import chosen_checkpoint, newest_checkpoint, template_fingerprint, weights_state
+from mtgdm.checkpoints import chosen_checkpoint, model_state, newest_checkpoint, template_fingerprint
 from mtgdm.errors import SettingError, UserError
 from mtgdm.evaluation.training import Training
 from mtgdm.stage import Context, Flag, Input, Result, Runtime, StageConfig, stage
@@ -156,7 +156,7 @@ def run(config: PackageConfig, context: Context) -> Result:
 
         student = trained.Trained.of(checkpoint, training, config.in_, context.workspace)
         if known := Training.of(checkpoint):
-            known.check_base_state(weights_state(student.source))
+            known.check_base_state(model_state(student.source))
         formats = _formats(config, context, student)
         target = config.out / config.student(checkpoint)
         server = _server(config, held)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr
 
 from mtgdm import processes, rows
-from mtgdm.checkpoints import checkpoint_name, hub_id, weights_state
+from mtgdm.checkpoints import checkpoint_name, hub_id, model_state
 from mtgdm.errors import UserError
 from mtgdm.manifest import settings_digest
 from mtgdm.rows import Row, Split
@@ -608,7 +608,7 @@ def _fingerprint(
     rest = settings_digest(
         {
             "step": [layout.bin_tokens, layout.items_a_step],
-            "base": weights_state(source),
+            "base": model_state(source),
             "template": chat.fingerprint,
             "train": [settings_digest({"tokens": example.tokens.ids}) for example in train],
             "val": [settings_digest({"tokens": example.tokens.ids}) for example in val],
@@ -653,7 +653,7 @@ def _training(
 
     return {
         "base_model": config.student_base,
-        "base_state": weights_state(base.locate(config.student_base, config._workspace)),
+        "base_state": model_state(base.locate(config.student_base, config._workspace)),
         "settings": _shaping(config),
         "template_fingerprint": chat.fingerprint,
         "max_len": config.max_len,
