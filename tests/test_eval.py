@@ -434,7 +434,7 @@ def test_a_file_that_bears_the_name_of_the_bases_answers_is_left_alone(workspace
     journal = workspace / "data" / ".t.jsonl.base"
     journal.write_text('{"mine": 1}\n', encoding="utf-8")
     with pytest.raises(UserError, match="this is no answer of a base"):
-        evaluated(workspace, test="data/t.base.jsonl", out="data/t.jsonl", compare_base=True, overwrite=True)
+        evaluated(workspace, test="data/t.base.jsonl", out="data/t.jsonl", compare_base=True)
 
 
 def test_answers_of_the_base_wait_whatever_else_is_asked_meanwhile(
