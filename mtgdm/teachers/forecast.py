@@ -116,6 +116,6 @@ def _range(ratios: Sequence[float], types: int) -> Expected:
         return Expected(1.0)
     if max(ratios) - min(ratios) < 1e-9:
         return Expected(1.0, 1.0, 1.0)
-    found = mean_interval(ratios)
+    found = mean_interval(ratios, shares=False)
     wider = math.sqrt((len(ratios) - 1) / spare)
     return Expected(1.0, max(0.0, 1 - wider * (1 - found.low)), 1 + wider * (found.high - 1))
