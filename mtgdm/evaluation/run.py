@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtgdm import rows
-from mtgdm.errors import BadRow, UserError
+from mtgdm.errors import UserError
+from mtgdm.evaluation.base_answers import BaseAnswers, Said
 from mtgdm.evaluation.earlier import (
     WAYS_OUT,
     Aside,
@@ -30,7 +31,7 @@ from mtgdm.evaluation.earlier import (
 from mtgdm.evaluation.student import RUNTIME, Reply, Student
 from mtgdm.manifest import settings_digest
 from mtgdm.rows import Journal, Row
-from mtgdm.scoring.failures import badness, number, why_bad
+from mtgdm.scoring.failures import number
 from mtgdm.scoring.row import reference_score, score
 from mtgdm.terminal import counted
 
@@ -45,8 +46,6 @@ SHOWN = {
     "exact_match": "exact",
 }
 """What is told while it runs and at its end; the report has all."""
-Said = tuple[str, dict[str, Any]]
-"""An answer: its text, and the metrics that are not about the text."""
 _WHILE_RUNNING = ("char_f1", "contract_valid", "fact_recall")
 
 
@@ -125,6 +124,7 @@ class Evaluation:
         base = student.base_identity if compare else None
         shaping = {**student.identity, "base": base, "settings": list(settings)}
         self._fingerprint = settings_digest(shaping)[:16]
+        self._base_answers = BaseAnswers(out, self._label, self._fingerprint, student.max_new_tokens)
         self._refused: dict[str, str] = {}
         self._asked = 0
         self._found: dict[str, dict[str, Any]] = {}
@@ -148,7 +148,7 @@ class Evaluation:
         self._aside.forget()
         rows.put_in_order(self._out, (row.id for row in self._wanted))
         if self._compare:
-            self._tidy_base_journal()
+            self._base_answers.forget(self._found)
         found = [self._found[row.id] for row in self._wanted if row.id in self._found]
         return Evaluated(found, self._refused, self._means.means, self._base_means.means)
 
@@ -204,9 +204,7 @@ class Evaluation:
 
             def answered(row: Row, reply: Reply) -> None:
                 self._asked += 1
-                of_its_base = of_base.get(row.id)
-                beside = (of_its_base["output"], of_its_base["runtime"]) if of_its_base else None
-                scored = self._scored(row, (reply.text, reply.runtime), beside)
+                scored = self._scored(row, (reply.text, reply.runtime), of_base.get(row.id))
                 journal.append(scored)
                 self._aside.forget()
                 keep(scored)
@@ -219,37 +217,16 @@ class Evaluation:
 
             self._student.ask(missing, answered, lambda row, why: self._refuse(row, why, bar))
 
-    def _ask_base(self, missing: list[Row], bar: Progress) -> dict[str, dict[str, Any]]:
+    def _ask_base(self, missing: list[Row], bar: Progress) -> dict[str, Said]:
         """The base's answers, in a journal of their own until the student's stand beside them."""
-        path = self._base_path
-        found: dict[str, dict[str, Any]] = {}
-
-        def inspect(number_: int, line: bytes) -> None:
-            value = _base_answer(path, number_, line)
-            limit = self._student.max_new_tokens
-            if value.get("fingerprint") == self._fingerprint and fits_limit(
-                value["runtime"], value.get("max_new_tokens"), limit
-            ):
-                found[value["id"]] = value
-
-        with Journal(path, inspect=inspect) as journal:
-            asked = [row for row in missing if row.id not in found]
+        with self._base_answers as known:
+            asked = [row for row in missing if row.id not in known.found]
             bar.advance(len(missing) - len(asked))
             bar.note("base model")
             started, self._tokens = time.monotonic(), 0
 
             def answered(row: Row, reply: Reply) -> None:
-                value = {
-                    "id": row.id,
-                    "messages": row.prompt,
-                    "model": self._label,
-                    "fingerprint": self._fingerprint,
-                    "max_new_tokens": self._student.max_new_tokens,
-                    "output": reply.text,
-                    "runtime": reply.runtime,
-                }
-                journal.append(value)
-                found[row.id] = value
+                known.add(row, reply)
                 bar.advance()
                 bar.note(" · ".join(["base model", *self._speed(reply, started)]))
 
@@ -258,23 +235,7 @@ class Evaluation:
                 self._student.ask(
                     asked, answered, lambda row, why: self._refuse(row, f"base: {why}", bar, 2), base=True
                 )
-        return found
-
-    def _tidy_base_journal(self) -> None:
-        """Leave the base's answers that still wait for their student's: of rows not asked, or of another one."""
-        path = self._base_path
-        there = [_base_answer(path, *line) for line in rows.read_lines(path)] if path.exists() else []
-        waiting = [
-            value
-            for value in there
-            if value.get("model") != self._label
-            or (value["fingerprint"] == self._fingerprint and value["id"] not in self._found)
-        ]
-        if not waiting:
-            path.unlink(missing_ok=True)
-        elif len(waiting) < len(there):
-            with rows.replace(path) as file:
-                file.writelines(map(rows.encode, waiting))
+            return known.found
 
     def _speed(self, reply: Reply, started: float) -> list[str]:
         self._tokens += reply.output_tokens or 0
@@ -326,7 +287,7 @@ class Evaluation:
         out = self._out
         if self._overwrite and out.exists():
             refuse_other_files(out)
-            self._base_path.unlink(missing_ok=True)
+            self._base_answers.path.unlink(missing_ok=True)
             self._aside.put()
         there = read_outputs(out) if out.exists() else []
         if not there:
@@ -410,25 +371,6 @@ class Evaluation:
         if again := len(gone) - dropped:
             self._context.print(f"asked again: {counted(again, 'row')}, under another limit of tokens")
 
-    @property
-    def _base_path(self) -> Path:
-        return self._out.with_name(f".{self._out.name}.base")
-
-
-def _base_answer(path: Path, number_: int, line: bytes) -> dict[str, Any]:
-    try:
-        value = rows.parse_object(path, number_, line)
-    except BadRow as error:
-        raise BadRow(path, number_, error.reason, hint="delete the line: the base is asked again") from error
-    if "runtime" not in value or "fingerprint" not in value:
-        raise BadRow(
-            path,
-            number_,
-            "this is no answer of a base",
-            hint="mtgdm keeps such answers under this name: move it",
-        )
-    return value
-
 
 def metrics_line(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the metrics file: what it is about, and its metrics without its texts."""
@@ -451,24 +393,3 @@ def _runtime(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _about_row(identity: str, meta: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": identity, **{key: meta.get(key) for key in ("spot", "province", "type")}}
-
-
-# --- failures ------------------------------------------------------------------------------------
-
-
-def failures_path(out: Path) -> Path:
-    """Where the failures of an evaluation go: `eval_outputs.jsonl` has `eval_failures.jsonl` beside it."""
-    stem = out.stem.replace("outputs", "failures") if "outputs" in out.stem else f"{out.stem}.failures"
-    return out.with_name(f"{stem}{out.suffix}")
-
-
-def write_failures(path: Path, evaluated: Iterable[Mapping[str, Any]]) -> int:
-    """The rows with something wrong, the worst first, each with the reasons; returns how many there are."""
-    bad = [(why, row) for row in evaluated if (why := why_bad(row["metrics"], row.get("reference_metrics")))]
-    bad.sort(key=lambda pair: -badness(pair[1]["metrics"], pair[1].get("reference_metrics")))
-    with rows.replace(path) as file:
-        for why, row in bad:
-            file.write(
-                rows.encode({"id": row["id"], "why": why, **{k: v for k, v in row.items() if k != "id"}})
-            )
-    return len(bad)

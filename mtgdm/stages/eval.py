@@ -113,7 +113,7 @@ class EvalConfig(StageConfig):
 
     def outputs(self) -> list[Path]:
         """The answers, and the failures among them."""
-        from mtgdm.evaluation.run import failures_path
+        from mtgdm.evaluation.failures import failures_path
 
         return [self.out, failures_path(self.out)]
 
@@ -166,7 +166,8 @@ def _evaluated(
     config: EvalConfig,
     context: Context,
 ) -> Result:
-    from mtgdm.evaluation.run import Evaluation, failures_path, write_failures
+    from mtgdm.evaluation.failures import failures_path, write_failures
+    from mtgdm.evaluation.run import Evaluation
 
     judge = _judge(config, context) if config.judge_model is not None else None
     evaluation = Evaluation(
