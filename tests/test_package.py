@@ -152,7 +152,7 @@ def test_a_gguf_that_answers_otherwise_is_refused_and_the_old_package_stays(
     with pytest.raises(
         UserError, match=r"base-student-f16\.gguf does not answer as the trained model: mean KL"
     ):
-        packaged(workspace, quantize="f16")
+        packaged(workspace, quantize="f16", overwrite=True)
     assert (student(workspace) / "SHA256SUMS").read_bytes() == before
     assert [path.name for path in student(workspace).parent.iterdir() if path.is_dir()] == ["base-student"]
 
@@ -174,9 +174,9 @@ def test_a_package_that_is_there_and_whole_is_not_made_again(workspace: Path) ->
     with gguf.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"?")
-    packaged(workspace)
+    packaged(workspace, overwrite=True)
     assert gguf.stat().st_mtime_ns != made
-    packaged(workspace, formats="gguf", quantize="f32,f16")
+    packaged(workspace, formats="gguf", quantize="f32,f16", overwrite=True)
     assert sorted(path.name for path in student(workspace).iterdir()) == [
         "Modelfile",
         "README.md",
@@ -185,6 +185,109 @@ def test_a_package_that_is_there_and_whole_is_not_made_again(workspace: Path) ->
         "base-student-f32.gguf",
         "provenance.json",
     ]
+
+
+# --- what lies there already ---------------------------------------------------------------------
+
+
+def test_a_folder_that_is_no_package_is_left_as_it_is(workspace: Path) -> None:
+    mine = write_lines(workspace / "mine/models/llama/notes.md", "mine")
+    for more in ({}, {"overwrite": True}):
+        with pytest.raises(UserError, match="not empty and no package of mtgdm's") as caught:
+            packaged(workspace, out="mine/models", name="llama", formats="adapter", **more)
+    assert "another --name" in (caught.value.hint or "")
+    assert mine.is_file()
+    mine.with_name("provenance.json").write_text('{"of": "another tool"}', encoding="utf-8")
+    with pytest.raises(UserError, match="no package of mtgdm's"):
+        packaged(workspace, out="mine/models", name="llama", formats="adapter")
+    file = write_lines(workspace / "mine/models/file", "mine")
+    with pytest.raises(UserError, match="this is a file"):
+        packaged(workspace, out="mine/models", name="file", formats="adapter")
+    assert file.is_file()
+    (workspace / "mine/models/empty").mkdir()
+    packaged(workspace, out="mine/models", name="empty", formats="adapter")
+
+
+@pytest.mark.parametrize(
+    ("then", "lost"),
+    [
+        ({"quantize": "q8_0"}, r"base-student-f16\.gguf \(not asked for now\)$"),
+        ({"quantize": "f16"}, r"base-student-q8_0\.gguf \(not"),
+        ({"formats": "gguf", "quantize": "q8_0,f16"}, r"adapter/ \(not asked for now\), merged/ \(not"),
+        ({"formats": "adapter,merged"}, r"Modelfile \(not .*base-student-f16\.gguf"),
+    ],
+)
+def test_a_narrower_order_does_not_delete_what_is_there_unasked(
+    then: dict[str, str], lost: str, both_types: Path, tmp_path: Path
+) -> None:
+    workspace = Path(shutil.copytree(both_types, tmp_path / "workspace"))
+    before = {path.name for path in student(workspace).iterdir()}
+    with pytest.raises(UserError, match=f"would be gone: .*{lost}") as caught:
+        packaged(workspace, **then)
+    assert "--overwrite" in (caught.value.hint or "")
+    assert {path.name for path in student(workspace).iterdir()} == before
+    packaged(workspace, **then, overwrite=True)
+    assert {path.name for path in student(workspace).iterdir()} < before
+
+
+@pytest.fixture(scope="module")
+def both_types(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a package of two GGUF files."""
+    workspace = Path(shutil.copytree(trained, tmp_path_factory.mktemp("both") / "workspace"))
+    packaged(workspace, quantize="q8_0,f16")
+    return workspace
+
+
+def test_a_wider_order_needs_no_permission_and_the_order_of_formats_is_nothing(workspace: Path) -> None:
+    packaged(workspace, formats="adapter,merged")
+    again = packaged(workspace, formats="merged,adapter,merged")
+    assert any("is there already, and whole" in line for line in again.printed)
+    packaged(workspace)
+    assert (student(workspace) / "base-student-q8_0.gguf").is_file()
+
+
+def test_what_somebody_wrote_into_a_package_stays(workspace: Path) -> None:
+    packaged(workspace, formats="adapter")
+    card, notes = student(workspace) / "README.md", student(workspace) / "samples/first.md"
+    card.write_text(card.read_text(encoding="utf-8") + "By hand.\n", encoding="utf-8")
+    write_lines(notes, "西湖")
+    (student(workspace) / ".DS_Store").write_bytes(b"\0")
+    again = packaged(workspace, formats="adapter", push="me/guide")
+    assert any("kept as you left them: README.md, samples/first.md" in line for line in again.printed)
+    with pytest.raises(
+        UserError, match=r"README\.md \(changed since it was made\), samples/first\.md \(added"
+    ):
+        packaged(workspace, formats="adapter", license="mit")
+    assert card.read_text(encoding="utf-8").endswith("By hand.\n")
+    packaged(workspace, formats="adapter", overwrite=True)
+    assert not notes.exists()
+    assert not card.read_text(encoding="utf-8").endswith("By hand.\n")
+
+
+def test_a_file_that_was_changed_is_not_replaced_unasked_and_one_that_is_missing_is_made(
+    workspace: Path,
+) -> None:
+    packaged(workspace, formats="adapter")
+    template = student(workspace) / "adapter/chat_template.jinja"
+    template.unlink()
+    packaged(workspace, formats="adapter")
+    template.write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"adapter/chat_template\.jinja \(changed since it was made\)"):
+        packaged(workspace, formats="adapter")
+
+
+def test_another_student_does_not_take_a_packages_place_but_the_same_one_trained_again_does(
+    workspace: Path,
+) -> None:
+    packaged(workspace, formats="adapter", name="guide")
+    checkpoints = workspace / "data/checkpoints"
+    shutil.copytree(checkpoints / "base-lora", checkpoints / "other-lora")
+    with pytest.raises(UserError, match="would be gone: the package of data/checkpoints/base-lora"):
+        packaged(workspace, formats="adapter", name="guide", model="data/checkpoints/other-lora")
+    run_stage(train, workspace, student_base="base", device_mode="cpu", max_steps=2, overwrite=True)
+    before = (workspace / "data/export/guide/SHA256SUMS").read_bytes()
+    packaged(workspace, formats="adapter", name="guide", model="data/checkpoints/base-lora")
+    assert (workspace / "data/export/guide/SHA256SUMS").read_bytes() != before
 
 
 def test_the_modelfile_is_made_for_the_first_gguf_from_what_the_training_knew(workspace: Path) -> None:
@@ -296,6 +399,10 @@ def test_a_quantization_without_llama_cpp_is_refused_before_any_work(
         ({"quantize": "q9"}, "q9"),
         ({"name": "../guide"}, "name"),
         ({"name": ".."}, "name"),
+        ({"name": "."}, "name"),
+        ({"name": "guide."}, "Windows"),
+        ({"name": "NUL"}, "Windows"),
+        ({"name": "com1.v2"}, "Windows"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(workspace: Path, settings: dict[str, Any], why: str) -> None:

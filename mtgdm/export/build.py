@@ -40,6 +40,8 @@ class Order:
     """What to make."""
 
     student: str
+    checkpoint: str
+    """As the package names what it was made of."""
     formats: tuple[str, ...]
     quants: tuple[str, ...]
     dtype: Dtype
@@ -48,6 +50,15 @@ class Order:
     report: Path | None
     fingerprint: str = ""
     """One hash over all that the package is made from."""
+
+    @property
+    def makes(self) -> set[str]:
+        """The files and folders at the top of the package."""
+        whole = [f"{self.student}-{quant}.gguf" for quant in self.quants] if "gguf" in self.formats else []
+        lora = [f"{self.student}-adapter.gguf"] if "gguf-adapter" in self.formats else []
+        folders = {"adapter", "merged"} & set(self.formats)
+        modelfile = ["Modelfile"] if whole else []
+        return {*folders, *whole, *lora, *modelfile, folder.CARD, folder.PROVENANCE, folder.CHECKSUMS}
 
 
 def build(order: Order, student: Trained, context: Context, target: Path) -> dict[str, Any]:
@@ -61,9 +72,10 @@ def build(order: Order, student: Trained, context: Context, target: Path) -> dic
         if modelfile is not None:
             _write(made / "Modelfile", modelfile.text())
         card = _card(order, student, context, merged, files, modelfile)
-        _write(made / "README.md", card.text())
+        _write(made / folder.CARD, card.text())
         about: dict[str, Any] = {
             "student": order.student,
+            "checkpoint": order.checkpoint,
             "fingerprint": order.fingerprint,
             "mtgdm": __version__,
             "base_model": told(student.base_model),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, PrivateAttr, field_validator
 
@@ -29,6 +30,8 @@ Quant = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 
 ALL: tuple[Format, ...] = ("adapter", "merged", "gguf")
 """What is made where nobody says."""
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+"""What Windows takes for a device, whatever its ending."""
 _BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")
 _OLLAMA_QUANTIZES = ("f16", "bf16", "f32")
 _REPORTS = "eval-report-*.json"
@@ -65,6 +68,8 @@ class PackageConfig(StageConfig):
     """The student's licence, as the Hub calls it; by default that of its base, where the base's card says it."""
     datasets: tuple[str, ...] = ()
     """Hub ids of data sets that belong to the student, for the model card."""
+    overwrite: Annotated[bool, Runtime()] = False
+    """Replace a package of which something would be lost: files edited, added or not asked for now, another student."""
     ollama_create: Annotated[str, Runtime()] = ""
     """Make a model of this name in an Ollama server, and ask it a row of `val`."""
     url: Annotated[str, Runtime(), Flag(also=("ollama_url",))] = "http://localhost:11434"
@@ -77,6 +82,23 @@ class PackageConfig(StageConfig):
     """Upload it, with the token of HF_TOKEN or `hf auth login`."""
     push_private: Annotated[bool, Runtime()] = True
     """Whether a repository that the upload has to make can be seen by its owner alone."""
+
+    @field_validator("name")
+    @classmethod
+    def _as_every_system_allows(cls, name: str) -> str:
+        """A folder of this name can be made on Windows too."""
+        if name.endswith(".") or _DEVICE.fullmatch(name):
+            raise ValueError("no folder can be called so on Windows")
+        return name
+
+    @field_validator("formats", mode="before")
+    @classmethod
+    def _in_one_order(cls, value: Any) -> Any:
+        """`merged,adapter` asks for the same as `adapter,merged`."""
+        known = get_args(Format)
+        if not isinstance(value, list | tuple) or any(one not in known for one in value):
+            return value
+        return tuple(one for one in known if one in value)
 
     @field_validator("quantize", mode="before")
     @classmethod
@@ -152,7 +174,7 @@ def run(config: PackageConfig, context: Context) -> Result:
     from mtgdm.student.noise import quiet
 
     with quiet(), ExitStack() as held:
-        from mtgdm.export import build, folder, trained
+        from mtgdm.export import build, trained
 
         student = trained.Trained.of(checkpoint, training, config.in_, context.workspace)
         if known := Training.of(checkpoint):
@@ -162,12 +184,10 @@ def run(config: PackageConfig, context: Context) -> Result:
         server = _server(config, held)
         _check_hub(config)
         order = _order(config, context, student, formats, target.name)
-        about = folder.provenance(target, order.fingerprint)
+        about = _made_before(config, context, order, target)
         if about is None:
             _check_room(config, student, formats, target)
             about = build.build(order, student, context, target)
-        else:
-            context.print(f"{manifest.relative(target, context.workspace)} is there already, and whole")
         if server is not None:
             _create_in_ollama(config, context, student, server, target)
         if config.push:
@@ -305,6 +325,31 @@ def _check_hub(config: PackageConfig) -> None:
         hub.check_access(config.push)
 
 
+def _made_before(
+    config: PackageConfig, context: Context, order: Order, target: Path
+) -> dict[str, Any] | None:
+    """The provenance of a package that was made of the same; UserError where replacing another would lose work."""
+    from mtgdm.export import folder
+
+    there = folder.look(target)
+    if there is None:
+        return None
+    as_ordered = there.is_usable and there.about["fingerprint"] == order.fingerprint
+    if as_ordered and not (config.overwrite and there.by_hand):
+        kept = (
+            f"; kept as you left them: {', '.join(sorted(there.by_hand))}" if there.by_hand else ", and whole"
+        )
+        context.print(f"{manifest.relative(target, context.workspace)} is there already{kept}")
+        return there.about
+    if not config.overwrite and (lost := there.lost_to(order.makes, order.checkpoint)):
+        raise UserError(
+            f"a package is here, and with another in its place would be gone: {', '.join(lost)}",
+            where=target,
+            hint="--name or --out make the new one elsewhere, --overwrite replaces this one",
+        )
+    return None
+
+
 # --- the work ------------------------------------------------------------------------------------
 
 
@@ -313,10 +358,12 @@ def _order(
 ) -> Order:
     from mtgdm.export import quantize
     from mtgdm.export.build import Order
+    from mtgdm.export.lineage import told
 
     licence = {"license": config.license} if config.license else student.licence
     order = Order(
         student=name,
+        checkpoint=told(manifest.relative(student.checkpoint.resolve(), context.workspace.resolve())),
         formats=formats,
         quants=config.quantize,
         dtype=config.dtype,
