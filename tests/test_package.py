@@ -163,6 +163,103 @@ def test_a_base_with_other_weights_than_in_training_is_refused(workspace: Path) 
         packaged(workspace)
 
 
+def retold(path: Path, **told: Any) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | told), encoding="utf-8")
+
+
+def move_base(workspace: Path) -> Path:
+    """A checkpoint that was trained on a base outside the workspace, named by its whole path."""
+    place = workspace.parent / "far away/base"
+    place.parent.mkdir()
+    (workspace / "base").rename(place)
+    checkpoint = workspace / "data/checkpoints/base-lora"
+    settings = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["settings"]
+    settings |= {"student_base": str(place)}
+    retold(checkpoint / "training.json", base_model=str(place), settings=settings)
+    retold(checkpoint / "adapter_config.json", base_model_name_or_path=str(place))
+    return place
+
+
+def test_no_place_on_this_machine_leaves_it(workspace: Path) -> None:
+    move_base(workspace)
+    packaged(workspace, formats="adapter,merged,gguf,gguf-adapter")
+    for path in student(workspace).rglob("*"):
+        if path.is_file():
+            assert str(workspace.parent).encode() not in path.read_bytes(), path.name
+    training = json.loads((student(workspace) / "adapter/training.json").read_text(encoding="utf-8"))
+    assert (training["base_model"], training["settings"]["student_base"]) == ("base", "base")
+    assert len(training["train_spots"]) == 10
+    assert "base_model:" not in (student(workspace) / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_the_workspace_is_not_told_as_if_the_hub_knew_it(workspace: Path) -> None:
+    (workspace / "bases").mkdir()
+    (workspace / "base").rename(workspace / "bases/one")
+    checkpoint = workspace / "data/checkpoints/base-lora"
+    retold(checkpoint / "training.json", base_model="bases/one")
+    retold(checkpoint / "adapter_config.json", base_model_name_or_path="bases/one")
+    packaged(workspace, formats="adapter")
+    adapter = json.loads((student(workspace) / "adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert adapter["base_model_name_or_path"] == "one"
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "base_model:" not in card
+    assert "A LoRA student of `one`" in card
+
+
+def test_a_base_that_was_moved_is_named_by_its_new_place_and_nothing_is_made_anew(workspace: Path) -> None:
+    packaged(workspace)
+    place = workspace / "models/here"
+    place.parent.mkdir()
+    (workspace / "base").rename(place)
+    with pytest.raises(UserError, match="the base of the training is not there: base") as caught:
+        packaged(workspace)
+    assert "--base-model FOLDER" in (caught.value.hint or "")
+    again = packaged(workspace, base_model="models/here")
+    assert any("is there already, and whole" in line for line in again.printed)
+    shutil.rmtree(student(workspace))
+    ran = packaged(workspace, base_model=str(place))
+    assert ran.result.counts["files"][0]["proof"]["rows"] == 3
+    assert ran.result.counts["base_model"] == "base"
+    make_base(place, seed=7)
+    with pytest.raises(UserError, match="other weights") as caught:
+        packaged(workspace, base_model=str(place))
+    assert "--base-model FOLDER" in (caught.value.hint or "")
+
+
+def test_another_state_of_the_base_makes_another_package(workspace: Path) -> None:
+    packaged(workspace, formats="adapter,merged")
+    retold(workspace / "base/config.json", rms_norm_eps=1e-5)
+    again = packaged(workspace, formats="adapter,merged")
+    assert not any("is there already" in line for line in again.printed)
+
+
+def test_files_of_two_checkpoints_in_one_folder_are_refused(workspace: Path) -> None:
+    retold(workspace / "data/checkpoints/base-lora/adapter_config.json", base_model_name_or_path="another")
+    with pytest.raises(UserError, match=r"base was base, adapter_config\.json that it is another"):
+        packaged(workspace, formats="adapter")
+
+
+def test_weights_are_looked_at_even_where_the_adapter_is_only_copied(workspace: Path) -> None:
+    checkpoint = workspace / "data/checkpoints/base-lora"
+    weights = checkpoint / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="weights cannot be read"):
+        packaged(workspace, formats="adapter")
+    weights.write_bytes(whole)
+    retold(checkpoint / "adapter_config.json", r=4)
+    with pytest.raises(UserError, match=r"rank 16, adapter_config\.json says 4"):
+        packaged(workspace, formats="adapter")
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"packaged from adapter_model\.safetensors"):
+        packaged(workspace, formats="adapter")
+    (checkpoint / "adapter_config.json").write_text("{bad", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be read"):
+        packaged(workspace, formats="adapter")
+    assert not student(workspace).exists()
+
+
 def test_a_package_that_is_there_and_whole_is_not_made_again(workspace: Path) -> None:
     packaged(workspace)
     gguf = student(workspace) / "base-student-q8_0.gguf"

@@ -13,7 +13,7 @@ from mtgdm import __version__, rows
 from mtgdm.errors import UserError
 from mtgdm.export import folder, gguf, lora_gguf, merge, parity
 from mtgdm.export.card import ADAPTER, Card, File, proof_cells
-from mtgdm.export.lineage import lineage, told
+from mtgdm.export.lineage import lineage
 from mtgdm.export.merge import Dtype, Merged
 from mtgdm.export.modelfile import Modelfile
 from mtgdm.export.parity import Proof
@@ -24,10 +24,9 @@ from mtgdm.stage import Context
 PROOF_ROWS = 6
 """About so many rows a GGUF is compared on, as many of each prompt type."""
 
-_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_CONFIG, _TRAINING = "adapter_config.json", "training.json"
 _ADAPTER_FILES = (
     "adapter_model.safetensors",
-    "training.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -78,7 +77,7 @@ def build(order: Order, student: Trained, context: Context, target: Path) -> dic
             "checkpoint": order.checkpoint,
             "fingerprint": order.fingerprint,
             "mtgdm": __version__,
-            "base_model": told(student.base_model),
+            "base_model": student.base_name,
             "base_revision": student.revision,
             "formats": list(order.formats),
             "merged": asdict(merged) if merged else None,
@@ -156,6 +155,7 @@ def _proved(
             student.checkpoint,
             chosen,
             name=student.base_model,
+            base=student.source,
             workspace=context.workspace,
             merged=folder_,
             advance=bar.advance,
@@ -194,6 +194,9 @@ def _copy_adapter(student: Trained, folder_: Path) -> None:
     adapter = json.loads((student.checkpoint / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if student.revision is not None and adapter.get("revision") is None:
         adapter["revision"] = student.revision  # of the base: another one would be another model
+    adapter["base_model_name_or_path"] = student.base_name
+    if (student.checkpoint / _TRAINING).is_file():
+        _write(folder_ / _TRAINING, json.dumps(student.training_to_tell, ensure_ascii=False, indent=2) + "\n")
     _write(folder_ / _ADAPTER_CONFIG, json.dumps(adapter, ensure_ascii=False, indent=2) + "\n")
 
 
@@ -209,12 +212,12 @@ def _card(
         student=order.student,
         domain=context.domain_name,
         languages=context.domain.languages,
-        base_model=told(student.base_model),
+        base_model=student.base_name,
         base_is_on_hub=student.is_on_hub,
         base_revision=student.revision,
         licence=order.licence,
         datasets=order.datasets,
-        training=student.training,
+        training=student.training_to_tell,
         formats=order.formats,
         merged=merged,
         files=files,

@@ -34,6 +34,7 @@ _DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 """What Windows takes for a device, whatever its ending."""
 _BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")
 _OLLAMA_QUANTIZES = ("f16", "bf16", "f32")
+_WEIGHTS = "adapter_model.safetensors"
 _REPORTS = "eval-report-*.json"
 _ROOM_TO_SPARE = 1.05
 _SHOWN_LETTERS = 300
@@ -48,6 +49,8 @@ class PackageConfig(StageConfig):
     """The checkpoint; by default the newest finished one."""
     checkpoints: Path = Path("data/checkpoints")
     """Where checkpoints lie."""
+    base_model: str | None = None
+    """Where the base lies now, if not where the checkpoint says; the card names it as the training did."""
     out: Path = Path("data/export")
     """The package goes into a folder of the student's name under this one."""
     name: str = Field("", pattern=r"^(\w[\w.-]*)?$")
@@ -170,15 +173,19 @@ def run(config: PackageConfig, context: Context) -> Result:
     from mtgdm.student.installed import TRAINING, require
 
     require(*TRAINING)
-    training = _training(checkpoint)
     from mtgdm.student.noise import quiet
 
     with quiet(), ExitStack() as held:
         from mtgdm.export import build, trained
 
-        student = trained.Trained.of(checkpoint, training, config.in_, context.workspace)
+        training = _training(checkpoint)
+        student = trained.Trained.of(
+            checkpoint, training, config.in_, context.workspace, base=config.base_model
+        )
         if known := Training.of(checkpoint):
-            known.check_base_state(weights_state(student.source))
+            known.check_base_state(
+                weights_state(student.source), otherwise=", or name its place: --base-model FOLDER"
+            )
         formats = _formats(config, context, student)
         target = config.out / config.student(checkpoint)
         server = _server(config, held)
@@ -191,7 +198,7 @@ def run(config: PackageConfig, context: Context) -> Result:
         if server is not None:
             _create_in_ollama(config, context, student, server, target)
         if config.push:
-            _push(config, context, student, target)
+            _push(config, context, student, target, about["formats"])
         return _result(about, target)
 
 
@@ -224,14 +231,24 @@ def _for_ollama(config: PackageConfig) -> Quant | None:
 
 
 def _training(checkpoint: Path) -> dict[str, Any]:
-    """What the checkpoint knows of its training; UserError where its template is not the one of then."""
+    """What the checkpoint knows of its training; UserError where its files are not those of then."""
     if not (checkpoint / "adapter_config.json").is_file():
         raise UserError("this is no finished checkpoint: adapter_config.json is missing", where=checkpoint)
+    from mtgdm.student import base, generation
+
+    base.check_folder(str(checkpoint))
+    named = base.adapter_config(str(checkpoint)).get("base_model_name_or_path")
+    if not (checkpoint / _WEIGHTS).is_file():
+        raise UserError(
+            f"an adapter is packaged from {_WEIGHTS}, which is not there",
+            where=checkpoint,
+            hint="save it with PEFT's save_pretrained(), which writes safetensors",
+        )
+    generation.check_adapter(str(checkpoint))
     known = Training.of(checkpoint)
     if known is None:
-        from mtgdm.student.base import base_of
-
-        return {"base_model": base_of(str(checkpoint))}
+        return {"base_model": base.base_of(str(checkpoint))}
+    known.check_base(named)
     template = checkpoint / "chat_template.jinja"
     if template.is_file():
         known.check_template(template_fingerprint(template.read_bytes().decode("utf-8")))
@@ -290,10 +307,13 @@ def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) ->
     """Bytes by format; what is needed while a GGUF is made stands as `on_the_way`."""
     from mtgdm.export import gguf
 
-    adapter = (student.checkpoint / "adapter_model.safetensors").stat().st_size
+    adapter = (student.checkpoint / _WEIGHTS).stat().st_size
+    found = {name: adapter for name in ("adapter", "gguf-adapter") if name in formats}
+    if not {"merged", "gguf"} & set(formats):
+        return found
     merged = student.merged_bytes(config.dtype)
-    sizes_of = {"adapter": adapter, "merged": merged, "gguf-adapter": adapter}
-    found: dict[str, int] = {name: size for name, size in sizes_of.items() if name in formats}
+    if "merged" in formats:
+        found["merged"] = merged
     if "gguf" in formats:
         sizes: dict[str, int] = {
             quant: gguf.gguf_bytes(student.parameters, quant) for quant in config.quantize
@@ -380,6 +400,7 @@ def _order(
         "domain": context.domain_name,
         "mtgdm": __version__,
         "read": read,
+        "base": [weights_state(student.source), student.revision],
         "llama.cpp": quantize.is_installed(),  # which proves more
     }
     return replace(order, fingerprint=manifest.settings_digest(shaping))
@@ -389,7 +410,9 @@ def _expected(config: PackageConfig, checkpoint: Path) -> dict[str, Any]:
     """What `mtgdm plan` says: the room by format, on the way and in the end."""
     from mtgdm.export import architectures, quantize, trained
 
-    student = trained.Trained.of(checkpoint, _training(checkpoint), Path(), config._workspace)
+    student = trained.Trained.of(
+        checkpoint, _training(checkpoint), Path(), config._workspace, base=config.base_model
+    )
     formats, problems = config.formats or ALL, architectures.problems(student.config, checkpoint)
     if problems:
         formats = tuple(one for one in formats if not one.startswith("gguf"))
@@ -435,15 +458,18 @@ def _create_in_ollama(
         )
 
 
-def _push(config: PackageConfig, context: Context, student: Trained, target: Path) -> None:
+def _push(
+    config: PackageConfig, context: Context, student: Trained, target: Path, formats: Sequence[str]
+) -> None:
     """List what would go to the Hub; with --push-now send it."""
     from mtgdm.export import folder, hub
+    from mtgdm.student.base import TINY
 
     files = hub.listing(target)
     context.terminal.table(["file", "#size"], [[name, folder.in_words(size)] for name, size in files])
-    if Path(student.base_model).is_absolute():
+    if not student.is_on_hub and student.base_name != TINY and "adapter" in formats:
         context.warn(
-            f"the adapter names a folder of this machine as its base, {student.base_model}: others cannot follow it"
+            f"the base, {student.base_name}, is in a folder of this machine: others have nothing of the adapter alone"
         )
     total = f"{len(files):,} files, {folder.in_words(folder.size_of(target))}"
     if not config.push_now:
