@@ -110,9 +110,49 @@ def test_the_card_quotes_the_newest_report_of_this_very_student(workspace: Path)
     ran = packaged(workspace, formats="adapter", name="guide")
     card = (workspace / "data/export/guide/README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlanguage:\n- zh\n- en\n")
-    assert "51 held-out rows" in card
+    assert "51 held-out rows (the split `test`): means" in card
     assert "| char-F1 | 0.876 [0.810, 0.920] | 0.123 [0.100, 0.200] |" in card
     assert "data/report/eval-report-20260102-000000.json" in {one.path for one in ran.manifests[0].inputs}
+
+
+def test_rows_that_were_trained_or_chosen_on_are_never_quoted_as_an_evaluation(workspace: Path) -> None:
+    for number, split in enumerate(("train", "val", "all"), start=1):
+        eval_report(workspace, number, model=f"data/checkpoints/base-lora on {split}, beside its base")
+    packaged(workspace, formats="adapter")
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "There was no evaluation report of this student" in card
+    told = "data/checkpoints/base-lora on test, beside /far/away/base, in 4-bit"
+    eval_report(workspace, 4, model=told, leaked_rows=5)
+    packaged(workspace, formats="adapter")
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "51 rows of the split `test`, 5 of them about spots of the training, in 4-bit: means" in card
+    assert "Evaluated was the checkpoint" not in card, "nothing else is in the package"
+    assert "/far/away" not in card
+
+
+def test_the_card_says_whose_rows_proved_a_file_and_nothing_of_those_that_were_not(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaged(workspace)
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "on rows of the split `val`, which it was not trained on:" in card
+    teacher_file(workspace, val=0)
+    packaged(workspace)
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "on rows of the split `train`, which it was trained on" in card
+    unproved = parity.Proof(reason="there is no room")
+    monkeypatch.setattr(parity, "prove_all", lambda files, *rest, **more: [unproved for _ in files])
+    packaged(workspace, license="mit")
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "is **unproved**: there is no room." in card
+    assert "compared with the trained model" not in card
+
+
+def test_a_name_that_ollama_does_not_take_is_not_what_the_card_calls_it_there(workspace: Path) -> None:
+    packaged(workspace, formats="gguf", name="导游")
+    card = (workspace / "data/export/导游/README.md").read_text(encoding="utf-8")
+    assert "ollama create student -f Modelfile" in card
+    assert "`导游-q8_0.gguf`" in card
 
 
 def test_every_file_of_the_package_has_its_checksum(workspace: Path) -> None:

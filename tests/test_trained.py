@@ -107,6 +107,12 @@ def test_a_system_text_that_no_modelfile_can_hold_is_left_out_and_told(base: Pat
     assert modelfile.licence == "mit"
 
 
+def test_a_licence_that_no_modelfile_can_hold_is_left_to_the_card(base: Path, tmp_path: Path) -> None:
+    modelfile = trained(base, tmp_path).modelfile("x.gguf", {"license": 'the "free"'})
+    assert modelfile.licence is None
+    assert any("LICENSE" in remark for remark in modelfile.remarks)
+
+
 def test_a_first_question_comes_in_the_form_that_the_tokenizer_reads(base: Path, tmp_path: Path) -> None:
     row = teacher_row("Cafe\u0301", "val")
     student = trained(base, tmp_path, None, row)

@@ -221,6 +221,7 @@ def _card(
         formats=order.formats,
         merged=merged,
         files=files,
+        proof_split=student.split,
         modelfile=modelfile,
         report=json.loads(order.report.read_text(encoding="utf-8")) if order.report else None,
         lineage=lineage(student.checkpoint, context.workspace),

@@ -196,6 +196,10 @@ class Trained:
             remarks.append(
                 "No SYSTEM, for a Modelfile cannot hold the quotation marks of the training's own."
             )
+        named = " ".join(licence.values()) or None
+        if named is not None and not can_be_quoted(named):
+            named = None
+            remarks.append("No LICENSE, for a Modelfile cannot hold its quotation marks; the card names it.")
         longest = int(self.training.get("max_len") or context_length(1 << 30, self.config))
         stop = self.chat.tokenizer.convert_ids_to_tokens([self.chat.end_of_turn])[0]
         return Modelfile(
@@ -204,7 +208,7 @@ class Trained:
             stop,
             context_length(longest, self.config),
             system,
-            " ".join(licence.values()) or None,
+            named,
             tuple(remarks),
         )
 

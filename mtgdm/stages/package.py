@@ -66,7 +66,7 @@ class PackageConfig(StageConfig):
     in_: Annotated[Path, Input(optional=True)] = Field(Path("data/teacher.jsonl"), alias="in")
     """The answered rows: those of the split `val` prove that a GGUF answers as the trained model."""
     report_dir: Path = Path("data/report")
-    """The newest eval report of this student here goes into the model card."""
+    """The newest eval report of this student on the split test goes into the model card."""
     license: str = ""
     """The student's licence, as the Hub calls it; by default that of its base, where the base's card says it."""
     datasets: tuple[str, ...] = ()
@@ -135,7 +135,7 @@ class PackageConfig(StageConfig):
 
     @property
     def report(self) -> Path | None:
-        """The newest eval report of this checkpoint as it is now."""
+        """The newest eval report of this checkpoint as it is now, on the split test."""
         checkpoint = self.checkpoint
         if checkpoint is None:
             return None
@@ -503,11 +503,11 @@ def _proof_in_words(quant: str, proof: Mapping[str, Any]) -> str:
 
 
 def _is_about(report: Path, name: str, checkpoint: Path) -> bool:
-    """Whether an eval report is about this checkpoint, and not from before it was trained again."""
+    """Whether a report is about this checkpoint on the split `test`, and not from before it was trained again."""
     try:
         value = json.loads(report.read_text(encoding="utf-8"))
         model, created = str(value["model"]), datetime.fromisoformat(value["created"]).astimezone()
     except (OSError, ValueError, KeyError, TypeError):
         return False
     made = manifest.read(checkpoint)
-    return f"{model} ".startswith(f"{name} ") and (made is None or created >= made.finished)
+    return f"{model},".startswith(f"{name} on test,") and (made is None or created >= made.finished)
