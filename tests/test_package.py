@@ -530,6 +530,8 @@ def test_a_quantization_without_llama_cpp_is_refused_before_any_work(
         ({"ollama_create": "guide", "formats": "merged"}, "Ollama is given a GGUF"),
         ({"ollama_create": "guide", "ollama_quantize": "q4_K_M"}, "none is among --quantize q8_0"),
         ({"ollama_quantize": "q4_K_M", "quantize": "f16"}, "name the model with --ollama-create"),
+        ({"ollama_create": "我的导游"}, "Ollama takes no model of the name"),
+        ({"ollama_create": "my guide"}, "Ollama takes no model of the name"),
         ({"push_now": True}, "does not say where to"),
         ({"push": "guide"}, "names no owner"),
         ({"push": "me/gui de"}, "is no repository"),
@@ -603,6 +605,17 @@ def test_a_server_that_fails_leaves_the_package_whole_and_nothing_is_made_again(
     ran = packaged(workspace, ollama_create="guide", url=server.url)
     assert any("is there already, and whole" in line for line in ran.printed)
     assert (server.uploads, [*server.made]) == (1, ["guide"])
+
+
+def test_a_model_of_somebody_elses_in_ollama_is_not_replaced_and_nothing_is_made_before(
+    workspace: Path, server: OllamaServer
+) -> None:
+    with pytest.raises(UserError, match="teacher:7b is in Ollama already"):
+        packaged(workspace, ollama_create="teacher:7b", url=server.url)
+    assert not student(workspace).exists()
+    packaged(workspace, ollama_create="teacher:7b", url=server.url, overwrite=True)
+    again = packaged(workspace, ollama_create="teacher:7b", url=server.url)
+    assert "Ollama has base-student-q8_0.gguf already" in again.printed
 
 
 def test_a_server_that_is_not_there_is_told_before_any_work(workspace: Path) -> None:

@@ -72,7 +72,8 @@ class PackageConfig(StageConfig):
     datasets: tuple[str, ...] = ()
     """Hub ids of data sets that belong to the student, for the model card."""
     overwrite: Annotated[bool, Runtime()] = False
-    """Replace a package of which something would be lost: files edited, added or not asked for now, another student."""
+    """Replace a package of which something would be lost (files edited, added, not asked for now, another student),
+    and a model in Ollama that is another."""
     ollama_create: Annotated[str, Runtime()] = ""
     """Make a model of this name in an Ollama server, and ask it a row of `val`."""
     url: Annotated[str, Runtime(), Flag(also=("ollama_url",))] = "http://localhost:11434"
@@ -188,7 +189,7 @@ def run(config: PackageConfig, context: Context) -> Result:
             )
         formats = _formats(config, context, student)
         target = config.out / config.student(checkpoint)
-        server = _server(config, held)
+        server = _server(config, student, held)
         _check_hub(config)
         order = _order(config, context, student, formats, target.name)
         about = _made_before(config, context, order, target)
@@ -211,6 +212,13 @@ def _check_settings(config: PackageConfig) -> None:
     if config.ollama_create and config.formats is not None and "gguf" not in config.formats:
         raise SettingError(
             "Ollama is given a GGUF, and `formats` makes none", hint="--formats gguf, with --ollama-create"
+        )
+    from mtgdm.export.modelfile import is_ollama_name
+
+    if config.ollama_create and not is_ollama_name(config.ollama_create):
+        raise SettingError(
+            f"Ollama takes no model of the name '{config.ollama_create}'",
+            hint="MODEL or NAMESPACE/MODEL:TAG, of a-z 0-9 _ - . alone: --ollama-create guide:3b",
         )
     if config.ollama_quantize and not config.ollama_create:
         raise SettingError("--ollama-quantize says how, and not as what: name the model with --ollama-create")
@@ -324,14 +332,16 @@ def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) ->
     return found
 
 
-def _server(config: PackageConfig, held: ExitStack) -> OllamaServer | None:
-    """The Ollama server that is to get the student, if one is; it must be there before hours of work, not after."""
+def _server(config: PackageConfig, student: Trained, held: ExitStack) -> OllamaServer | None:
+    """The Ollama server that is to get the student, if one is; it is asked before hours of work, not after."""
     if not config.ollama_create:
         return None
     from mtgdm.export.ollama import OllamaServer
 
     server = held.enter_context(OllamaServer(config.url))
     server.check()
+    if not config.overwrite:
+        server.check_name(config.ollama_create, student.modelfile("", {}).request())
     return server
 
 
