@@ -127,6 +127,7 @@ def test_rows_that_were_trained_or_chosen_on_are_never_quoted_as_an_evaluation(w
     card = (student(workspace) / "README.md").read_text(encoding="utf-8")
     assert "51 rows of the split `test`, 5 of them about spots of the training, in 4-bit: means" in card
     assert "Evaluated was the checkpoint" not in card, "nothing else is in the package"
+    assert "no evaluated spot is among them" not in card
     assert "/far/away" not in card
 
 
@@ -257,6 +258,8 @@ def test_a_base_that_was_moved_is_named_by_its_new_place_and_nothing_is_made_ane
     assert "--base-model FOLDER" in (caught.value.hint or "")
     again = packaged(workspace, base_model="models/here")
     assert any("is there already, and whole" in line for line in again.printed)
+    with pytest.raises(UserError, match="'no/where' is not on this machine"):
+        packaged(workspace, base_model="no/where")
     shutil.rmtree(student(workspace))
     ran = packaged(workspace, base_model=str(place))
     assert ran.result.counts["files"][0]["proof"]["rows"] == 3
@@ -359,7 +362,7 @@ def test_a_narrower_order_does_not_delete_what_is_there_unasked(
 ) -> None:
     workspace = Path(shutil.copytree(both_types, tmp_path / "workspace"))
     before = {path.name for path in student(workspace).iterdir()}
-    with pytest.raises(UserError, match=f"would be gone: .*{lost}") as caught:
+    with pytest.raises(UserError, match=f"would lose: .*{lost}") as caught:
         packaged(workspace, **then)
     assert "--overwrite" in (caught.value.hint or "")
     assert {path.name for path in student(workspace).iterdir()} == before
@@ -390,7 +393,10 @@ def test_what_somebody_wrote_into_a_package_stays(workspace: Path) -> None:
     write_lines(notes, "西湖")
     (student(workspace) / ".DS_Store").write_bytes(b"\0")
     again = packaged(workspace, formats="adapter", push="me/guide")
-    assert any("kept as you left them: README.md, samples/first.md" in line for line in again.printed)
+    assert any(
+        "kept as you left them, unlike SHA256SUMS: README.md, samples/first.md" in line
+        for line in again.printed
+    )
     with pytest.raises(
         UserError, match=r"README\.md \(changed since it was made\), samples/first\.md \(added"
     ):
@@ -419,7 +425,7 @@ def test_another_student_does_not_take_a_packages_place_but_the_same_one_trained
     packaged(workspace, formats="adapter", name="guide")
     checkpoints = workspace / "data/checkpoints"
     shutil.copytree(checkpoints / "base-lora", checkpoints / "other-lora")
-    with pytest.raises(UserError, match="would be gone: the package of data/checkpoints/base-lora"):
+    with pytest.raises(UserError, match="would lose: the package of data/checkpoints/base-lora"):
         packaged(workspace, formats="adapter", name="guide", model="data/checkpoints/other-lora")
     run_stage(train, workspace, student_base="base", device_mode="cpu", max_steps=2, overwrite=True)
     before = (workspace / "data/export/guide/SHA256SUMS").read_bytes()

@@ -215,7 +215,9 @@ class Card:
                 yield f"- {self.training[key]:,} {label}"
         if "train_spots" in self.training:
             spots = len(self.training["train_spots"])
-            yield f"- {spots:,} spots; the split is made by spot, so no evaluated spot is among them"
+            leaked = self.report is not None and self.report.get("leaked_rows")
+            apart = "" if leaked else "; the split is made by spot, so no evaluated spot is among them"
+            yield f"- {spots:,} spots{apart}"
         for key, label in (("best_step", "best step"), ("best_eval_loss", "best eval loss")):
             if self.training.get(key) is not None:
                 yield f"- {label}: {self.training[key]:.4g}"

@@ -14,7 +14,7 @@ from mtgdm.errors import UserError
 CARD = "README.md"
 CHECKSUMS = "SHA256SUMS"
 PROVENANCE = "provenance.json"
-_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 """What file managers leave in every folder that is looked at."""
 _ELSEWHERE = "another --name or --out, or move it away"
 
@@ -27,7 +27,7 @@ def write_provenance(folder: Path, about: Mapping[str, Any]) -> None:
 
 def write_checksums(folder: Path) -> None:
     """The SHA-256 of every file, as `sha256sum -c` takes them; written last."""
-    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
+    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files_of(folder)]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
@@ -77,7 +77,7 @@ def look(folder: Path) -> There | None:
         return None
     if not folder.is_dir():
         raise UserError("this is a file, and a package is a folder", where=folder, hint=_ELSEWHERE)
-    there = frozenset(path.relative_to(folder).as_posix() for path in _files(folder))
+    there = frozenset(path.relative_to(folder).as_posix() for path in files_of(folder))
     if not there and not any(folder.iterdir()):
         return None
     try:
@@ -109,8 +109,9 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _LITTER)
+def files_of(folder: Path) -> list[Path]:
+    """All files of a package, but for what file managers leave."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in LITTER)
 
 
 def _top(name: str) -> str:

@@ -85,11 +85,11 @@ class Trained:
 
     @cached_property
     def _config(self) -> PretrainedConfig:
-        try:
+        if Path(self.source).is_dir():
             return load_config(self.source, self.base_model)
+        try:
+            return load_config(self.source, self.source)
         except UserError as error:
-            if Path(self.source).is_dir():
-                raise
             raise UserError(error.message, where=error.where, hint=_WHERE_NOW) from error
 
     @cached_property

@@ -366,14 +366,14 @@ def _made_before(
         return None
     as_ordered = there.is_usable and there.about["fingerprint"] == order.fingerprint
     if as_ordered and not (config.overwrite and there.by_hand):
-        kept = (
-            f"; kept as you left them: {', '.join(sorted(there.by_hand))}" if there.by_hand else ", and whole"
-        )
+        kept = ", and whole"
+        if there.by_hand:
+            kept = f"; kept as you left them, unlike {folder.CHECKSUMS}: {', '.join(sorted(there.by_hand))}"
         context.print(f"{manifest.relative(target, context.workspace)} is there already{kept}")
         return there.about
     if not config.overwrite and (lost := there.lost_to(order.makes, order.checkpoint)):
         raise UserError(
-            f"a package is here, and with another in its place would be gone: {', '.join(lost)}",
+            f"a package lies here, and replacing it would lose: {', '.join(lost)}",
             where=target,
             hint="--name or --out make the new one elsewhere, --overwrite replaces this one",
         )
