@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils._paths import filter_repo_objects
 
 from mtgdm.errors import SettingError, UserError
 from mtgdm.export import hub

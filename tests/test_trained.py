@@ -129,6 +129,20 @@ def test_the_licence_is_that_of_the_bases_card(base: Path, tmp_path: Path) -> No
     card.unlink()
 
 
+def test_a_base_of_the_hub_keeps_its_id_wherever_it_lies_now(base: Path, tmp_path: Path) -> None:
+    with quiet():
+        trained(base, tmp_path)
+    training = {"base_model": "qwen2.5:3b", "base_state": {"hub": "Qwen/Qwen2.5-3B-Instruct"}}
+    student = Trained.of(tmp_path / "checkpoint", training, Path(), tmp_path, base=str(base))
+    assert (student.is_on_hub, student.base_name) == (True, "Qwen/Qwen2.5-3B-Instruct")
+    assert (student.revision, student.licence) == (None, {})
+    assert student.parameters > 0
+    of_folder = {"base_model": r"C:\models\mine", "base_state": {"model.safetensors": "0"}}
+    student = Trained.of(tmp_path / "checkpoint", of_folder, Path(), tmp_path, base=str(base))
+    assert (student.is_on_hub, student.base_name) == (False, "mine")
+    assert student.training_to_tell["base_model"] == "mine"
+
+
 def test_weights_are_counted_without_being_loaded(base: Path, tmp_path: Path) -> None:
     student = trained(base, tmp_path)
     assert student.merged_bytes("float16") == 2 * student.parameters
