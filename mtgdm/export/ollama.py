@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 20
 _LONGEST_WORDS = 300
+_SHOWN_LETTERS = 300
 SILENCE_S = 600.0
 """A server that says nothing for so long hangs."""
 _CREATE_TIMEOUT = httpx.Timeout(3600.0, connect=CONNECT_TIMEOUT_S)
@@ -137,6 +138,20 @@ class OllamaServer:
             f"{name} was made, but does not answer: {_said(reply.text)}",
             hint="the server's log tells more; often the context is too long for the memory",
         )
+
+    def introduce(
+        self, name: str, asked: Sequence[Message], prompt_tokens: int, context: Context, *, num_ctx: int
+    ) -> None:
+        """Ask a first question and show the answer; warn where the prompt is not as many tokens as in the training."""
+        answer = self.ask(name, asked, max_tokens=max(1, num_ctx - prompt_tokens))
+        said = " ".join(answer.text.split())
+        context.print(f"{name} in Ollama was asked a first question and says:")
+        context.print(said if len(said) <= _SHOWN_LETTERS else f"{said[:_SHOWN_LETTERS]}…")
+        if answer.prompt_tokens not in (None, prompt_tokens):
+            context.warn(
+                f"Ollama read {answer.prompt_tokens:,} tokens where the training had {prompt_tokens:,}: it does not "
+                "use the template of the package; `ollama show --template` and OLLAMA_GO_TEMPLATE tell more"
+            )
 
     def _upload(self, path: Path, digest: str, context: Context) -> None:
         address = f"/api/blobs/{digest}"

@@ -18,19 +18,55 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mtgdm import rows
+from mtgdm.checkpoints import template_fingerprint
 from mtgdm.domain import Message
 from mtgdm.errors import UserError
+from mtgdm.evaluation.training import Training
 from mtgdm.export.lineage import told
 from mtgdm.export.modelfile import Modelfile, can_be_quoted, context_length
 from mtgdm.export.turns import NotOfTurns, Turns, turns_of
 from mtgdm.rows import Row
-from mtgdm.student.base import TINY, check_folder, load_config, load_tokenizer, locate
+from mtgdm.student.base import (
+    TINY,
+    adapter_config,
+    base_of,
+    check_folder,
+    load_config,
+    load_tokenizer,
+    locate,
+)
 from mtgdm.student.chat import Chat
+from mtgdm.student.generation import check_adapter
 
+WEIGHTS = "adapter_model.safetensors"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _MARKS = "generation %}"
 _ASK_TIMEOUT_S = 5.0
 _WHERE_NOW = "put it back, or say where it lies now: --base-model FOLDER"
+
+
+def read_training(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint knows of its training; UserError where its files are not whole or not those of then."""
+    if not (checkpoint / "adapter_config.json").is_file():
+        raise UserError("this is no finished checkpoint: adapter_config.json is missing", where=checkpoint)
+    check_folder(str(checkpoint))
+    named = adapter_config(str(checkpoint)).get("base_model_name_or_path")
+    if not (checkpoint / WEIGHTS).is_file():
+        raise UserError(
+            f"an adapter is packaged from {WEIGHTS}, which is not there",
+            where=checkpoint,
+            hint="save it with PEFT's save_pretrained(), which writes safetensors",
+        )
+    check_adapter(str(checkpoint))
+    known = Training.of(checkpoint)
+    if known is None:
+        return {"base_model": base_of(str(checkpoint))}
+    known.check_base(named)
+    template = checkpoint / "chat_template.jinja"
+    if template.is_file():
+        known.check_template(template_fingerprint(template.read_bytes().decode("utf-8")))
+    training: dict[str, Any] = json.loads(known.path.read_text(encoding="utf-8"))
+    return training
 
 
 @dataclass(frozen=True)

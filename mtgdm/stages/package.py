@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 from pydantic import Field, PrivateAttr, field_validator
 
 from mtgdm import __version__, manifest, rows
-from mtgdm.checkpoints import chosen_checkpoint, newest_checkpoint, template_fingerprint, weights_state
+from mtgdm.checkpoints import chosen_checkpoint, newest_checkpoint, weights_state
 from mtgdm.errors import SettingError, UserError
 from mtgdm.evaluation.training import Training
 from mtgdm.stage import Context, Flag, Input, Result, Runtime, StageConfig, stage
@@ -34,10 +34,8 @@ _DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 """What Windows takes for a device, whatever its ending."""
 _BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")
 _OLLAMA_QUANTIZES = ("f16", "bf16", "f32")
-_WEIGHTS = "adapter_model.safetensors"
 _REPORTS = "eval-report-*.json"
 _ROOM_TO_SPARE = 1.05
-_SHOWN_LETTERS = 300
 
 
 class PackageConfig(StageConfig):
@@ -179,7 +177,7 @@ def run(config: PackageConfig, context: Context) -> Result:
     with quiet(), ExitStack() as held:
         from mtgdm.export import build, trained
 
-        training = _training(checkpoint)
+        training = trained.read_training(checkpoint)
         student = trained.Trained.of(
             checkpoint, training, config.in_, context.workspace, base=config.base_model
         )
@@ -238,32 +236,6 @@ def _for_ollama(config: PackageConfig) -> Quant | None:
     return next((quant for quant in config.quantize if quant in _OLLAMA_QUANTIZES), None)
 
 
-def _training(checkpoint: Path) -> dict[str, Any]:
-    """What the checkpoint knows of its training; UserError where its files are not those of then."""
-    if not (checkpoint / "adapter_config.json").is_file():
-        raise UserError("this is no finished checkpoint: adapter_config.json is missing", where=checkpoint)
-    from mtgdm.student import base, generation
-
-    base.check_folder(str(checkpoint))
-    named = base.adapter_config(str(checkpoint)).get("base_model_name_or_path")
-    if not (checkpoint / _WEIGHTS).is_file():
-        raise UserError(
-            f"an adapter is packaged from {_WEIGHTS}, which is not there",
-            where=checkpoint,
-            hint="save it with PEFT's save_pretrained(), which writes safetensors",
-        )
-    generation.check_adapter(str(checkpoint))
-    known = Training.of(checkpoint)
-    if known is None:
-        return {"base_model": base.base_of(str(checkpoint))}
-    known.check_base(named)
-    template = checkpoint / "chat_template.jinja"
-    if template.is_file():
-        known.check_template(template_fingerprint(template.read_bytes().decode("utf-8")))
-    training: dict[str, Any] = json.loads(known.path.read_text(encoding="utf-8"))
-    return training
-
-
 def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple[Format, ...]:
     """What to make; a GGUF that the base does not allow is refused where it was asked for, else left out."""
     from mtgdm.export import architectures, lora, lora_gguf, quantize
@@ -313,9 +285,9 @@ def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Forma
 
 def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> dict[str, int]:
     """Bytes by format; what is needed while a GGUF is made stands as `on_the_way`."""
-    from mtgdm.export import gguf
+    from mtgdm.export import gguf, trained
 
-    adapter = (student.checkpoint / _WEIGHTS).stat().st_size
+    adapter = (student.checkpoint / trained.WEIGHTS).stat().st_size
     found = {name: adapter for name in ("adapter", "gguf-adapter") if name in formats}
     if not {"merged", "gguf"} & set(formats):
         return found
@@ -421,7 +393,7 @@ def _expected(config: PackageConfig, checkpoint: Path) -> dict[str, Any]:
     from mtgdm.export import architectures, quantize, trained
 
     student = trained.Trained.of(
-        checkpoint, _training(checkpoint), Path(), config._workspace, base=config.base_model
+        checkpoint, trained.read_training(checkpoint), Path(), config._workspace, base=config.base_model
     )
     formats, problems = config.formats or ALL, architectures.problems(student.config, checkpoint)
     if problems:
@@ -456,16 +428,9 @@ def _create_in_ollama(
         quantize=config.ollama_quantize,
     )
     asked = student.question
-    expected = len(student.chat.prompt(asked))
-    answer = server.ask(config.ollama_create, asked, max_tokens=max(1, modelfile.num_ctx - expected))
-    said = " ".join(answer.text.split())
-    context.print(f"{config.ollama_create} in Ollama was asked a first question and says:")
-    context.print(said if len(said) <= _SHOWN_LETTERS else f"{said[:_SHOWN_LETTERS]}…")
-    if answer.prompt_tokens not in (None, expected):
-        context.warn(
-            f"Ollama read {answer.prompt_tokens:,} tokens where the training had {expected:,}: it does not use the "
-            "template of the package; `ollama show --template` and OLLAMA_GO_TEMPLATE tell more"
-        )
+    server.introduce(
+        config.ollama_create, asked, len(student.chat.prompt(asked)), context, num_ctx=modelfile.num_ctx
+    )
 
 
 def _push(
