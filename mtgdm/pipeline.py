@@ -71,7 +71,7 @@ def _run(
     before = _known(config.inputs(), config.outputs())
     inputs = [manifest.state(path, workspace, before) for path in config.inputs() if path.exists()]
     for output in config.outputs():
-        output.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(output.parent)
     context.log.info("mtgdm %s %s, profile %s", __version__, stage.name, profile.name)
     for key, setting in settings.values.items():
         context.log.info("%s = %s (%s)", key, setting.value, setting.source)
@@ -172,7 +172,7 @@ def _writing(outputs: Sequence[Path]) -> Iterator[None]:
     """
     with ExitStack() as held:
         for output in sorted({path.resolve() for path in outputs if "*" not in path.name}):
-            output.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(output.parent)
             path = output.with_name(f".{output.name}.lock")
             try:
                 lock = _acquired(path)
@@ -190,6 +190,20 @@ def _writing(outputs: Sequence[Path]) -> Iterator[None]:
             if os.name != "nt":  # Windows has no name to take from an open file; filelock takes it afterwards
                 held.callback(path.unlink, missing_ok=True)
         yield
+
+
+def _make_folder(folder: Path) -> None:
+    """The folder of an output; UserError where there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        at = next((place for place in (folder, *folder.parents) if place.is_file()), None)
+        why = f"{at.name} is a file" if at is not None else error.strerror
+        raise UserError(
+            f"no folder can be made here: {why}",
+            where=folder,
+            hint="name another place for what this stage writes, with --out or in the profile",
+        ) from error
 
 
 def _acquired(path: Path) -> BaseFileLock | None:

@@ -34,6 +34,11 @@ _OPTION_TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
+_NAME = re.compile(
+    r"([a-zA-Z0-9_][\w.:-]*/)?([a-zA-Z0-9_][\w-]*/)?[a-zA-Z0-9_][\w.-]*(:[a-zA-Z0-9_][\w.-]*)?", re.ASCII
+)
+
+
 @dataclass
 class Question:
     """One chat request: what was asked and how often the same words came before."""
@@ -182,6 +187,8 @@ class OllamaServer:
 
     def create(self, body: JsonObject) -> tuple[int, list[JsonObject]]:
         """`POST /api/create`: the status, and the lines of the stream."""
+        if not _NAME.fullmatch(body["model"]):
+            return 400, [{"error": "invalid model name"}]
         files = body.get("files") or {}
         if not files:
             return 400, [{"error": "neither 'from' or 'files' was specified"}]
@@ -319,12 +326,24 @@ class _Handler(BaseHTTPRequestHandler):
             self.server_of.busy_shows -= 1
             self._send(503, {"error": "server busy, please try again.  maximum pending requests exceeded"})
             return
+        if not _NAME.fullmatch(body["model"]):
+            self._send(400, {"error": "invalid model name"})
+            return
         context = self.server_of.models.get(body["model"])
         if context is None:
             self._send(404, {"error": f"model '{body['model']}' not found"})
             return
         info = {"general.architecture": "qwen2", "qwen2.context_length": context}
-        self._send(200, {"details": {"family": "qwen2"}, "model_info": info, "capabilities": ["completion"]})
+        made = self.server_of.made.get(body["model"])
+        texts: JsonObject = (
+            {key: made.request[key] for key in ("template", "system") if key in made.request} if made else {}
+        )
+        told: JsonObject = {
+            "details": {"family": "qwen2"},
+            "model_info": info,
+            "capabilities": ["completion"],
+        }
+        self._send(200, {"template": "{{ .Prompt }}", **texts, **told})
 
     def _chat(self, question: Question) -> None:
         fault = self.server_of.fault(question) or Fault()

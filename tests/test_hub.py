@@ -8,9 +8,12 @@ from typing import Any
 import httpx2
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils._paths import filter_repo_objects
 
 from mtgdm.errors import SettingError, UserError
 from mtgdm.export import hub
+
+LEFT = ["README.md", ".DS_Store", "merged/.DS_Store", "merged/myThumbs.db"]
 
 
 class Api:
@@ -57,6 +60,9 @@ def test_a_push_makes_the_repository_private_and_uploads_the_folder(package: Pat
     assert (
         hub.push(package, "me/guide", private=True, message="m", api=api) == "https://huggingface.co/me/guide"
     )
+    ignored = api.calls[1][1].pop("ignore_patterns")
+    listed = [str(path) for path in filter_repo_objects(LEFT, ignore_patterns=ignored)]
+    assert listed == ["README.md", "merged/myThumbs.db"]
     assert api.calls == [
         ("create_repo", {"repo": "me/guide", "private": True, "exist_ok": True}),
         ("upload_folder", {"repo_id": "me/guide", "folder_path": package, "commit_message": "m"}),

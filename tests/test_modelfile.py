@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtgdm.export.modelfile import Modelfile, can_be_quoted, context_length
+from mtgdm.export.modelfile import Modelfile, can_be_quoted, context_length, is_ollama_name
 
 
 def test_a_modelfile_says_what_the_api_is_told() -> None:
@@ -37,6 +37,34 @@ def test_what_is_not_known_is_left_out() -> None:
 )
 def test_three_quotation_marks_know_no_escape(text: str, fits: bool) -> None:
     assert can_be_quoted(text) is fits
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["guide", "guide:3b", "me/guide", "me/guide:Q8_0", "hf.co/me/guide.v2", "localhost:5000/me/_guide:1"],
+)
+def test_names_that_ollama_takes(name: str) -> None:
+    assert is_ollama_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "my guide",
+        "导游",
+        "-guide",
+        ".guide",
+        "me//guide",
+        "guide:",
+        "a:b:c",
+        "m.e/guide",
+        "a/b/c/d",
+        "g" * 81,
+    ],
+)
+def test_names_that_ollama_does_not_take(name: str) -> None:
+    assert not is_ollama_name(name)
 
 
 @pytest.mark.parametrize(

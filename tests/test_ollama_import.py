@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mtgdm.export.modelfile import Modelfile
 from mtgdm.export.ollama import OllamaServer as Client
 from mtgdm.stage import Context
 from mtgdm.testing import QuietTerminal
-from tests.ollama_server import OllamaServer
+from tests.ollama_server import Fault, OllamaServer
 
 CHATML = '{{ range $i, $_ := .Messages }}{{ if eq .Role "user" }}<{{ .Content }}>{{ end }}{{ end }}'
 MODELFILE = Modelfile("guide-f16.gguf", CHATML, "<|im_end|>", 512, "你是讲解员。", "mit")
@@ -157,6 +158,60 @@ def test_a_server_that_is_not_there() -> None:
         pytest.raises(UserError, match="no Ollama server answers"),
     ):
         client.check()
+
+
+def test_a_model_that_is_no_earlier_one_of_the_student_is_not_replaced(
+    server: OllamaServer, context: Context, tmp_path: Path
+) -> None:
+    with Client(server.url) as client:
+        client.check_name("guide", MODELFILE.request())
+        create(server.url, context, gguf_file(tmp_path))
+        client.check_name("guide", MODELFILE.request())
+        for other in (replace(MODELFILE, system="Be kind."), replace(MODELFILE, template=None)):
+            with pytest.raises(UserError, match="guide is in Ollama already") as caught:
+                client.check_name("guide", other.request())
+        assert "--overwrite" in (caught.value.hint or "")
+        with pytest.raises(UserError, match="teacher:7b is in Ollama already"):
+            client.check_name("teacher:7b", MODELFILE.request())
+        server.busy_shows = 1
+        with pytest.raises(UserError, match="cannot say whether it has guide: server busy"):
+            client.check_name("guide", MODELFILE.request())
+
+
+def test_a_server_that_hangs_is_not_waited_for_for_ever(
+    server: OllamaServer, context: Context, tmp_path: Path
+) -> None:
+    create(server.url, context, gguf_file(tmp_path))
+    server.fault = lambda question: Fault(hang_s=1.0)
+    with (
+        Client(server.url, silence_s=0.1) as client,
+        pytest.raises(UserError, match="hangs: it answered as guide and said nothing"),
+    ):
+        client.ask("guide", QUESTION, max_tokens=8)
+
+
+def test_every_request_ends_where_the_server_says_nothing(context: Context, tmp_path: Path) -> None:
+    import httpx
+
+    asked: dict[str, float | None] = {}
+
+    def silent(request: httpx.Request) -> httpx.Response:
+        if request.method == "HEAD":
+            return httpx.Response(200)
+        asked[request.url.path] = request.extensions["timeout"]["read"]
+        raise httpx.ReadTimeout("silence", request=request)
+
+    with Client("http://localhost:1", transport=httpx.MockTransport(silent)) as client:
+        for ask in (
+            client.check,
+            lambda: client.check_name("guide", {}),
+            lambda: client.create("guide", gguf_file(tmp_path), "0" * 64, {}, context),
+            lambda: client.ask("guide", QUESTION, max_tokens=1),
+        ):
+            with pytest.raises(UserError, match="hangs"):
+                ask()
+    assert asked.keys() == {"/api/version", "/api/show", "/api/create", "/api/chat"}
+    assert all(asked.values()), asked
 
 
 def test_another_server_is_told_apart() -> None:

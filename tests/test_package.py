@@ -110,9 +110,50 @@ def test_the_card_quotes_the_newest_report_of_this_very_student(workspace: Path)
     ran = packaged(workspace, formats="adapter", name="guide")
     card = (workspace / "data/export/guide/README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlanguage:\n- zh\n- en\n")
-    assert "51 held-out rows" in card
+    assert "51 held-out rows (the split `test`): means" in card
     assert "| char-F1 | 0.876 [0.810, 0.920] | 0.123 [0.100, 0.200] |" in card
     assert "data/report/eval-report-20260102-000000.json" in {one.path for one in ran.manifests[0].inputs}
+
+
+def test_rows_that_were_trained_or_chosen_on_are_never_quoted_as_an_evaluation(workspace: Path) -> None:
+    for number, split in enumerate(("train", "val", "all"), start=1):
+        eval_report(workspace, number, model=f"data/checkpoints/base-lora on {split}, beside its base")
+    packaged(workspace, formats="adapter")
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "There was no evaluation report of this student" in card
+    told = "data/checkpoints/base-lora on test, beside /far/away/base, in 4-bit"
+    eval_report(workspace, 4, model=told, leaked_rows=5)
+    packaged(workspace, formats="adapter")
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "51 rows of the split `test`, 5 of them about spots of the training, in 4-bit: means" in card
+    assert "Evaluated was the checkpoint" not in card, "nothing else is in the package"
+    assert "no evaluated spot is among them" not in card
+    assert "/far/away" not in card
+
+
+def test_the_card_says_whose_rows_proved_a_file_and_nothing_of_those_that_were_not(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaged(workspace)
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "on rows of the split `val`, which it was not trained on:" in card
+    teacher_file(workspace, val=0)
+    packaged(workspace)
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "on rows of the split `train`, which it was trained on" in card
+    unproved = parity.Proof(reason="there is no room")
+    monkeypatch.setattr(parity, "prove_all", lambda files, *rest, **more: [unproved for _ in files])
+    packaged(workspace, license="mit")
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "is **unproved**: there is no room." in card
+    assert "compared with the trained model" not in card
+
+
+def test_a_name_that_ollama_does_not_take_is_not_what_the_card_calls_it_there(workspace: Path) -> None:
+    packaged(workspace, formats="gguf", name="导游")
+    card = (workspace / "data/export/导游/README.md").read_text(encoding="utf-8")
+    assert "ollama create student -f Modelfile" in card
+    assert "`导游-q8_0.gguf`" in card
 
 
 def test_every_file_of_the_package_has_its_checksum(workspace: Path) -> None:
@@ -152,7 +193,7 @@ def test_a_gguf_that_answers_otherwise_is_refused_and_the_old_package_stays(
     with pytest.raises(
         UserError, match=r"base-student-f16\.gguf does not answer as the trained model: mean KL"
     ):
-        packaged(workspace, quantize="f16")
+        packaged(workspace, quantize="f16", overwrite=True)
     assert (student(workspace) / "SHA256SUMS").read_bytes() == before
     assert [path.name for path in student(workspace).parent.iterdir() if path.is_dir()] == ["base-student"]
 
@@ -161,6 +202,105 @@ def test_a_base_with_other_weights_than_in_training_is_refused(workspace: Path) 
     make_base(workspace / "base", seed=7)
     with pytest.raises(UserError, match="other weights than the one that the student was trained on"):
         packaged(workspace)
+
+
+def retold(path: Path, **told: Any) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | told), encoding="utf-8")
+
+
+def move_base(workspace: Path) -> Path:
+    """A checkpoint that was trained on a base outside the workspace, named by its whole path."""
+    place = workspace.parent / "far away/base"
+    place.parent.mkdir()
+    (workspace / "base").rename(place)
+    checkpoint = workspace / "data/checkpoints/base-lora"
+    settings = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["settings"]
+    settings |= {"student_base": str(place)}
+    retold(checkpoint / "training.json", base_model=str(place), settings=settings)
+    retold(checkpoint / "adapter_config.json", base_model_name_or_path=str(place))
+    return place
+
+
+def test_no_place_on_this_machine_leaves_it(workspace: Path) -> None:
+    move_base(workspace)
+    packaged(workspace, formats="adapter,merged,gguf,gguf-adapter")
+    for path in student(workspace).rglob("*"):
+        if path.is_file():
+            assert str(workspace.parent).encode() not in path.read_bytes(), path.name
+    training = json.loads((student(workspace) / "adapter/training.json").read_text(encoding="utf-8"))
+    assert (training["base_model"], training["settings"]["student_base"]) == ("base", "base")
+    assert len(training["train_spots"]) == 10
+    assert "base_model:" not in (student(workspace) / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_the_workspace_is_not_told_as_if_the_hub_knew_it(workspace: Path) -> None:
+    (workspace / "bases").mkdir()
+    (workspace / "base").rename(workspace / "bases/one")
+    checkpoint = workspace / "data/checkpoints/base-lora"
+    retold(checkpoint / "training.json", base_model="bases/one")
+    retold(checkpoint / "adapter_config.json", base_model_name_or_path="bases/one")
+    packaged(workspace, formats="adapter")
+    adapter = json.loads((student(workspace) / "adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert adapter["base_model_name_or_path"] == "one"
+    card = (student(workspace) / "README.md").read_text(encoding="utf-8")
+    assert "base_model:" not in card
+    assert "A LoRA student of `one`" in card
+
+
+def test_a_base_that_was_moved_is_named_by_its_new_place_and_nothing_is_made_anew(workspace: Path) -> None:
+    packaged(workspace)
+    place = workspace / "models/here"
+    place.parent.mkdir()
+    (workspace / "base").rename(place)
+    with pytest.raises(UserError, match="the base of the training is not there: base") as caught:
+        packaged(workspace)
+    assert "--base-model FOLDER" in (caught.value.hint or "")
+    again = packaged(workspace, base_model="models/here")
+    assert any("is there already, and whole" in line for line in again.printed)
+    with pytest.raises(UserError, match="'no/where' is not on this machine"):
+        packaged(workspace, base_model="no/where")
+    shutil.rmtree(student(workspace))
+    ran = packaged(workspace, base_model=str(place))
+    assert ran.result.counts["files"][0]["proof"]["rows"] == 3
+    assert ran.result.counts["base_model"] == "base"
+    make_base(place, seed=7)
+    with pytest.raises(UserError, match="other weights") as caught:
+        packaged(workspace, base_model=str(place))
+    assert "--base-model FOLDER" in (caught.value.hint or "")
+
+
+def test_another_state_of_the_base_makes_another_package(workspace: Path) -> None:
+    packaged(workspace, formats="adapter,merged")
+    retold(workspace / "base/config.json", rms_norm_eps=1e-5)
+    again = packaged(workspace, formats="adapter,merged")
+    assert not any("is there already" in line for line in again.printed)
+
+
+def test_files_of_two_checkpoints_in_one_folder_are_refused(workspace: Path) -> None:
+    retold(workspace / "data/checkpoints/base-lora/adapter_config.json", base_model_name_or_path="another")
+    with pytest.raises(UserError, match=r"base was base, adapter_config\.json that it is another"):
+        packaged(workspace, formats="adapter")
+
+
+def test_weights_are_looked_at_even_where_the_adapter_is_only_copied(workspace: Path) -> None:
+    checkpoint = workspace / "data/checkpoints/base-lora"
+    weights = checkpoint / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="weights cannot be read"):
+        packaged(workspace, formats="adapter")
+    weights.write_bytes(whole)
+    retold(checkpoint / "adapter_config.json", r=4)
+    with pytest.raises(UserError, match=r"rank 16, adapter_config\.json says 4"):
+        packaged(workspace, formats="adapter")
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"packaged from adapter_model\.safetensors"):
+        packaged(workspace, formats="adapter")
+    (checkpoint / "adapter_config.json").write_text("{bad", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be read"):
+        packaged(workspace, formats="adapter")
+    assert not student(workspace).exists()
 
 
 def test_a_package_that_is_there_and_whole_is_not_made_again(workspace: Path) -> None:
@@ -174,9 +314,9 @@ def test_a_package_that_is_there_and_whole_is_not_made_again(workspace: Path) ->
     with gguf.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"?")
-    packaged(workspace)
+    packaged(workspace, overwrite=True)
     assert gguf.stat().st_mtime_ns != made
-    packaged(workspace, formats="gguf", quantize="f32,f16")
+    packaged(workspace, formats="gguf", quantize="f32,f16", overwrite=True)
     assert sorted(path.name for path in student(workspace).iterdir()) == [
         "Modelfile",
         "README.md",
@@ -185,6 +325,112 @@ def test_a_package_that_is_there_and_whole_is_not_made_again(workspace: Path) ->
         "base-student-f32.gguf",
         "provenance.json",
     ]
+
+
+# --- what lies there already ---------------------------------------------------------------------
+
+
+def test_a_folder_that_is_no_package_is_left_as_it_is(workspace: Path) -> None:
+    mine = write_lines(workspace / "mine/models/llama/notes.md", "mine")
+    for more in ({}, {"overwrite": True}):
+        with pytest.raises(UserError, match="not empty and no package of mtgdm's") as caught:
+            packaged(workspace, out="mine/models", name="llama", formats="adapter", **more)
+    assert "another --name" in (caught.value.hint or "")
+    assert mine.is_file()
+    mine.with_name("provenance.json").write_text('{"of": "another tool"}', encoding="utf-8")
+    with pytest.raises(UserError, match="no package of mtgdm's"):
+        packaged(workspace, out="mine/models", name="llama", formats="adapter")
+    file = write_lines(workspace / "mine/models/file", "mine")
+    with pytest.raises(UserError, match="this is a file"):
+        packaged(workspace, out="mine/models", name="file", formats="adapter")
+    assert file.is_file()
+    (workspace / "mine/models/empty").mkdir()
+    packaged(workspace, out="mine/models", name="empty", formats="adapter")
+
+
+@pytest.mark.parametrize(
+    ("then", "lost"),
+    [
+        ({"quantize": "q8_0"}, r"base-student-f16\.gguf \(not asked for now\)$"),
+        ({"quantize": "f16"}, r"base-student-q8_0\.gguf \(not"),
+        ({"formats": "gguf", "quantize": "q8_0,f16"}, r"adapter/ \(not asked for now\), merged/ \(not"),
+        ({"formats": "adapter,merged"}, r"Modelfile \(not .*base-student-f16\.gguf"),
+    ],
+)
+def test_a_narrower_order_does_not_delete_what_is_there_unasked(
+    then: dict[str, str], lost: str, both_types: Path, tmp_path: Path
+) -> None:
+    workspace = Path(shutil.copytree(both_types, tmp_path / "workspace"))
+    before = {path.name for path in student(workspace).iterdir()}
+    with pytest.raises(UserError, match=f"would lose: .*{lost}") as caught:
+        packaged(workspace, **then)
+    assert "--overwrite" in (caught.value.hint or "")
+    assert {path.name for path in student(workspace).iterdir()} == before
+    packaged(workspace, **then, overwrite=True)
+    assert {path.name for path in student(workspace).iterdir()} < before
+
+
+@pytest.fixture(scope="module")
+def both_types(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a package of two GGUF files."""
+    workspace = Path(shutil.copytree(trained, tmp_path_factory.mktemp("both") / "workspace"))
+    packaged(workspace, quantize="q8_0,f16")
+    return workspace
+
+
+def test_a_wider_order_needs_no_permission_and_the_order_of_formats_is_nothing(workspace: Path) -> None:
+    packaged(workspace, formats="adapter,merged")
+    again = packaged(workspace, formats="merged,adapter,merged")
+    assert any("is there already, and whole" in line for line in again.printed)
+    packaged(workspace)
+    assert (student(workspace) / "base-student-q8_0.gguf").is_file()
+
+
+def test_what_somebody_wrote_into_a_package_stays(workspace: Path) -> None:
+    packaged(workspace, formats="adapter")
+    card, notes = student(workspace) / "README.md", student(workspace) / "samples/first.md"
+    card.write_text(card.read_text(encoding="utf-8") + "By hand.\n", encoding="utf-8")
+    write_lines(notes, "西湖")
+    (student(workspace) / ".DS_Store").write_bytes(b"\0")
+    again = packaged(workspace, formats="adapter", push="me/guide")
+    assert any(
+        "kept as you left them, unlike SHA256SUMS: README.md, samples/first.md" in line
+        for line in again.printed
+    )
+    with pytest.raises(
+        UserError, match=r"README\.md \(changed since it was made\), samples/first\.md \(added"
+    ):
+        packaged(workspace, formats="adapter", license="mit")
+    assert card.read_text(encoding="utf-8").endswith("By hand.\n")
+    packaged(workspace, formats="adapter", overwrite=True)
+    assert not notes.exists()
+    assert not card.read_text(encoding="utf-8").endswith("By hand.\n")
+
+
+def test_a_file_that_was_changed_is_not_replaced_unasked_and_one_that_is_missing_is_made(
+    workspace: Path,
+) -> None:
+    packaged(workspace, formats="adapter")
+    template = student(workspace) / "adapter/chat_template.jinja"
+    template.unlink()
+    packaged(workspace, formats="adapter")
+    template.write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"adapter/chat_template\.jinja \(changed since it was made\)"):
+        packaged(workspace, formats="adapter")
+
+
+def test_another_student_does_not_take_a_packages_place_but_the_same_one_trained_again_does(
+    workspace: Path,
+) -> None:
+    packaged(workspace, formats="adapter", name="guide")
+    checkpoints = workspace / "data/checkpoints"
+    shutil.copytree(checkpoints / "base-lora", checkpoints / "other-lora")
+    with pytest.raises(UserError, match="would lose: the package of data/checkpoints/base-lora"):
+        packaged(workspace, formats="adapter", name="guide", model="data/checkpoints/other-lora")
+    run_stage(train, workspace, student_base="base", device_mode="cpu", max_steps=2, overwrite=True)
+    before = (workspace / "data/export/guide/SHA256SUMS").read_bytes()
+    packaged(workspace, formats="adapter", name="guide", model="data/checkpoints/base-lora")
+    assert (workspace / "data/export/guide/SHA256SUMS").read_bytes() != before
 
 
 def test_the_modelfile_is_made_for_the_first_gguf_from_what_the_training_knew(workspace: Path) -> None:
@@ -290,12 +536,18 @@ def test_a_quantization_without_llama_cpp_is_refused_before_any_work(
         ({"ollama_create": "guide", "formats": "merged"}, "Ollama is given a GGUF"),
         ({"ollama_create": "guide", "ollama_quantize": "q4_K_M"}, "none is among --quantize q8_0"),
         ({"ollama_quantize": "q4_K_M", "quantize": "f16"}, "name the model with --ollama-create"),
+        ({"ollama_create": "我的导游"}, "Ollama takes no model of the name"),
+        ({"ollama_create": "my guide"}, "Ollama takes no model of the name"),
         ({"push_now": True}, "does not say where to"),
         ({"push": "guide"}, "names no owner"),
         ({"push": "me/gui de"}, "is no repository"),
         ({"quantize": "q9"}, "q9"),
         ({"name": "../guide"}, "name"),
         ({"name": ".."}, "name"),
+        ({"name": "."}, "name"),
+        ({"name": "guide."}, "Windows"),
+        ({"name": "NUL"}, "Windows"),
+        ({"name": "com1.v2"}, "Windows"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(workspace: Path, settings: dict[str, Any], why: str) -> None:
@@ -359,6 +611,17 @@ def test_a_server_that_fails_leaves_the_package_whole_and_nothing_is_made_again(
     ran = packaged(workspace, ollama_create="guide", url=server.url)
     assert any("is there already, and whole" in line for line in ran.printed)
     assert (server.uploads, [*server.made]) == (1, ["guide"])
+
+
+def test_a_model_of_somebody_elses_in_ollama_is_not_replaced_and_nothing_is_made_before(
+    workspace: Path, server: OllamaServer
+) -> None:
+    with pytest.raises(UserError, match="teacher:7b is in Ollama already"):
+        packaged(workspace, ollama_create="teacher:7b", url=server.url)
+    assert not student(workspace).exists()
+    packaged(workspace, ollama_create="teacher:7b", url=server.url, overwrite=True)
+    again = packaged(workspace, ollama_create="teacher:7b", url=server.url)
+    assert "Ollama has base-student-q8_0.gguf already" in again.printed
 
 
 def test_a_server_that_is_not_there_is_told_before_any_work(workspace: Path) -> None:

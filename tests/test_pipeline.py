@@ -188,6 +188,16 @@ def test_a_folder_that_may_not_be_written_is_named(mtgdm: CommandLine) -> None:
     assert (ran.code, ran.err) == (1, f"error: {closed}: nothing may be written in this folder\n")
 
 
+def test_an_output_below_a_file_is_refused_with_the_file_and_a_way_out(mtgdm: CommandLine) -> None:
+    folder = workspace(mtgdm)
+    for out in ("spots.jsonl/prompts.jsonl", "spots.jsonl/deeper/prompts.jsonl"):
+        ran = mtgdm("prompts", "--spots", "spots.jsonl", "--out", out)
+        told, hint = ran.err.splitlines()
+        where = (folder / out).parent
+        assert (ran.code, told) == (1, f"error: {where}: no folder can be made here: spots.jsonl is a file")
+        assert "--out" in hint
+
+
 def test_a_workspace_of_its_own_holds_everything(mtgdm: CommandLine) -> None:
     folder = workspace(mtgdm, PROFILE + "workspace: elsewhere")
     write_lines(folder / "elsewhere/spots.jsonl", spot("西湖"))

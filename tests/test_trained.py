@@ -107,6 +107,12 @@ def test_a_system_text_that_no_modelfile_can_hold_is_left_out_and_told(base: Pat
     assert modelfile.licence == "mit"
 
 
+def test_a_licence_that_no_modelfile_can_hold_is_left_to_the_card(base: Path, tmp_path: Path) -> None:
+    modelfile = trained(base, tmp_path).modelfile("x.gguf", {"license": 'the "free"'})
+    assert modelfile.licence is None
+    assert any("LICENSE" in remark for remark in modelfile.remarks)
+
+
 def test_a_first_question_comes_in_the_form_that_the_tokenizer_reads(base: Path, tmp_path: Path) -> None:
     row = teacher_row("Cafe\u0301", "val")
     student = trained(base, tmp_path, None, row)
@@ -121,6 +127,20 @@ def test_the_licence_is_that_of_the_bases_card(base: Path, tmp_path: Path) -> No
     card.write_text("# A model without front matter: `---`\n", encoding="utf-8")
     assert trained(base, tmp_path).licence == {}
     card.unlink()
+
+
+def test_a_base_of_the_hub_keeps_its_id_wherever_it_lies_now(base: Path, tmp_path: Path) -> None:
+    with quiet():
+        trained(base, tmp_path)
+    training = {"base_model": "qwen2.5:3b", "base_state": {"hub": "Qwen/Qwen2.5-3B-Instruct"}}
+    student = Trained.of(tmp_path / "checkpoint", training, Path(), tmp_path, base=str(base))
+    assert (student.is_on_hub, student.base_name) == (True, "Qwen/Qwen2.5-3B-Instruct")
+    assert (student.revision, student.licence) == (None, {})
+    assert student.parameters > 0
+    of_folder = {"base_model": r"C:\models\mine", "base_state": {"model.safetensors": "0"}}
+    student = Trained.of(tmp_path / "checkpoint", of_folder, Path(), tmp_path, base=str(base))
+    assert (student.is_on_hub, student.base_name) == (False, "mine")
+    assert student.training_to_tell["base_model"] == "mine"
 
 
 def test_weights_are_counted_without_being_loaded(base: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mtgdm import __version__, rows
 from mtgdm.errors import UserError
 from mtgdm.export import folder, gguf, lora_gguf, merge, parity
 from mtgdm.export.card import ADAPTER, Card, File, proof_cells
-from mtgdm.export.lineage import lineage, told
+from mtgdm.export.lineage import lineage
 from mtgdm.export.merge import Dtype, Merged
 from mtgdm.export.modelfile import Modelfile
 from mtgdm.export.parity import Proof
@@ -24,10 +24,9 @@ from mtgdm.stage import Context
 PROOF_ROWS = 6
 """About so many rows a GGUF is compared on, as many of each prompt type."""
 
-_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_CONFIG, _TRAINING = "adapter_config.json", "training.json"
 _ADAPTER_FILES = (
     "adapter_model.safetensors",
-    "training.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -40,6 +39,8 @@ class Order:
     """What to make."""
 
     student: str
+    checkpoint: str
+    """As the package names what it was made of."""
     formats: tuple[str, ...]
     quants: tuple[str, ...]
     dtype: Dtype
@@ -48,6 +49,15 @@ class Order:
     report: Path | None
     fingerprint: str = ""
     """One hash over all that the package is made from."""
+
+    @property
+    def makes(self) -> set[str]:
+        """The files and folders at the top of the package."""
+        whole = [f"{self.student}-{quant}.gguf" for quant in self.quants] if "gguf" in self.formats else []
+        lora = [f"{self.student}-adapter.gguf"] if "gguf-adapter" in self.formats else []
+        folders = {"adapter", "merged"} & set(self.formats)
+        modelfile = ["Modelfile"] if whole else []
+        return {*folders, *whole, *lora, *modelfile, folder.CARD, folder.PROVENANCE, folder.CHECKSUMS}
 
 
 def build(order: Order, student: Trained, context: Context, target: Path) -> dict[str, Any]:
@@ -61,12 +71,13 @@ def build(order: Order, student: Trained, context: Context, target: Path) -> dic
         if modelfile is not None:
             _write(made / "Modelfile", modelfile.text())
         card = _card(order, student, context, merged, files, modelfile)
-        _write(made / "README.md", card.text())
+        _write(made / folder.CARD, card.text())
         about: dict[str, Any] = {
             "student": order.student,
+            "checkpoint": order.checkpoint,
             "fingerprint": order.fingerprint,
             "mtgdm": __version__,
-            "base_model": told(student.base_model),
+            "base_model": student.base_name,
             "base_revision": student.revision,
             "formats": list(order.formats),
             "merged": asdict(merged) if merged else None,
@@ -144,6 +155,7 @@ def _proved(
             student.checkpoint,
             chosen,
             name=student.base_model,
+            base=student.source,
             workspace=context.workspace,
             merged=folder_,
             advance=bar.advance,
@@ -182,6 +194,9 @@ def _copy_adapter(student: Trained, folder_: Path) -> None:
     adapter = json.loads((student.checkpoint / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if student.revision is not None and adapter.get("revision") is None:
         adapter["revision"] = student.revision  # of the base: another one would be another model
+    adapter["base_model_name_or_path"] = student.base_name
+    if (student.checkpoint / _TRAINING).is_file():
+        _write(folder_ / _TRAINING, json.dumps(student.training_to_tell, ensure_ascii=False, indent=2) + "\n")
     _write(folder_ / _ADAPTER_CONFIG, json.dumps(adapter, ensure_ascii=False, indent=2) + "\n")
 
 
@@ -197,15 +212,16 @@ def _card(
         student=order.student,
         domain=context.domain_name,
         languages=context.domain.languages,
-        base_model=told(student.base_model),
+        base_model=student.base_name,
         base_is_on_hub=student.is_on_hub,
         base_revision=student.revision,
         licence=order.licence,
         datasets=order.datasets,
-        training=student.training,
+        training=student.training_to_tell,
         formats=order.formats,
         merged=merged,
         files=files,
+        proof_split=student.split,
         modelfile=modelfile,
         report=json.loads(order.report.read_text(encoding="utf-8")) if order.report else None,
         lineage=lineage(student.checkpoint, context.workspace),

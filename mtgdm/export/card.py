@@ -10,6 +10,7 @@ import yaml
 
 from mtgdm.export.folder import in_words
 from mtgdm.export.lineage import told
+from mtgdm.export.modelfile import is_ollama_name
 
 if TYPE_CHECKING:
     from mtgdm.export.merge import Merged
@@ -55,6 +56,8 @@ class Card:
     formats: Sequence[str]
     merged: Merged | None
     files: Sequence[File]
+    proof_split: str
+    """Whose rows the files were compared on: `val`, or `train` where there are none."""
     modelfile: Modelfile | None
     report: Mapping[str, Any] | None
     lineage: Sequence[Mapping[str, Any]]
@@ -110,8 +113,9 @@ class Card:
         whole = [file for file in self.files if file.quant != ADAPTER]
         if self.modelfile and whole:
             yield "In Ollama:"
-            yield from ("", "```bash", f"ollama create {self.student} -f Modelfile")
-            yield from (f"ollama run {self.student}", "```", "")
+            name = self.student if is_ollama_name(self.student) else "student"
+            yield from ("", "```bash", f"ollama create {name} -f Modelfile")
+            yield from (f"ollama run {name}", "```", "")
             yield "In llama.cpp, with an OpenAI-compatible API:"
             yield from ("", "```bash")
             yield (
@@ -148,7 +152,7 @@ class Card:
             yield "There was no evaluation report of this student when the package was made."
             return
         student, base = self.report["student"], self.report.get("base")
-        yield f"{self.report['rows']:,} held-out rows, means with 95 % intervals, greedy decoding:"
+        yield f"{self._evaluated_rows(self.report)}: means with 95 % intervals, greedy decoding."
         yield ""
         yield "| metric | student |" + (" base |" if base else "")
         yield "|---|---|" + ("---|" if base else "")
@@ -157,23 +161,39 @@ class Card:
                 yield f"| {label} | {_interval(student[key])} |" + (
                     f" {_interval(base.get(key))} |" if base else ""
                 )
-        yield ""
-        yield "Evaluated was the checkpoint, before it was merged and quantized; what that changed stands below."
+        if self.merged or self.files:
+            below = "; what that changed stands below" if self._proved else ""
+            yield from ("", f"Evaluated was the checkpoint, before it was merged or quantized{below}.")
+
+    @staticmethod
+    def _evaluated_rows(report: Mapping[str, Any]) -> str:
+        """Which rows they are, and how they were asked if not as the student comes."""
+        _, *asked = str(report["model"]).split(", ")
+        how = "".join(f", {one}" for one in asked if not one.startswith("beside "))
+        if leaked := report.get("leaked_rows"):
+            return f"{report['rows']:,} rows of the split `test`, {leaked:,} of them about spots of the training{how}"
+        return f"{report['rows']:,} held-out rows (the split `test`){how}"
+
+    @property
+    def _proved(self) -> dict[str, Mapping[str, Any]]:
+        return {file.name: file.proof for file in self.files if file.proof and file.proof["engine"]}
 
     def _proof(self) -> Iterator[str]:
         if self.merged:
             yield from (*self._merge_proof(self.merged), "")
-        proofs = {file.name: file.proof for file in self.files if file.proof}
-        if proofs:
-            yield "Each GGUF was loaded again and compared with the trained model on held-out rows:"
+        if self._proved:
+            of = "the split `val`, which it was not trained on"
+            if self.proof_split == "train":
+                of = "the split `train`, which it was trained on, for want of any of `val`"
+            yield f"These files were loaded again and compared with the trained model on rows of {of}:"
             yield ""
             yield "| file | compared by | tokens equal | mean KL | same likeliest token | greedy answers equal |"
             yield "|---|---|---|---|---|---|"
-        for name, proof in proofs.items():
+        for name, proof in self._proved.items():
             yield "| " + " | ".join([f"`{name}`", *proof_cells(proof)]) + " |"
-        for name, proof in proofs.items():
-            if not proof["engine"]:
-                yield from ("", f"`{name}` is **unproved**: {proof['reason']}.")
+        for file in self.files:
+            if file.proof and not file.proof["engine"]:
+                yield from ("", f"`{file.name}` is **unproved**: {file.proof['reason']}.")
         for file in self.files:
             if file.quant == ADAPTER:
                 yield from ("", f"`{file.name}` was not compared: it is nothing without a GGUF of the base.")
@@ -195,7 +215,9 @@ class Card:
                 yield f"- {self.training[key]:,} {label}"
         if "train_spots" in self.training:
             spots = len(self.training["train_spots"])
-            yield f"- {spots:,} spots; the split is made by spot, so no evaluated spot is among them"
+            leaked = self.report is not None and self.report.get("leaked_rows")
+            apart = "" if leaked else "; the split is made by spot, so no evaluated spot is among them"
+            yield f"- {spots:,} spots{apart}"
         for key, label in (("best_step", "best step"), ("best_eval_loss", "best eval loss")):
             if self.training.get(key) is not None:
                 yield f"- {label}: {self.training[key]:.4g}"

@@ -1,15 +1,22 @@
-"""A package on disk: its checksums, what it was made from, and whether it is still whole."""
+"""A package on disk: its checksums, what it was made from, whether it is still whole, and what its end would lose."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtgdm.errors import UserError
+
+CARD = "README.md"
 CHECKSUMS = "SHA256SUMS"
 PROVENANCE = "provenance.json"
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""What file managers leave in every folder that is looked at."""
+_ELSEWHERE = "another --name or --out, or move it away"
 
 
 def write_provenance(folder: Path, about: Mapping[str, Any]) -> None:
@@ -20,11 +27,7 @@ def write_provenance(folder: Path, about: Mapping[str, Any]) -> None:
 
 def write_checksums(folder: Path) -> None:
     """The SHA-256 of every file, as `sha256sum -c` takes them; written last."""
-    lines = [
-        f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n"
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
+    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files_of(folder)]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
@@ -34,18 +37,63 @@ def checksums(folder: Path) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
-def provenance(folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """That of a package which was made from the same, and of which no file is missing or another; else None."""
-    try:
-        about: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        if about.get("fingerprint") != fingerprint:
-            return None
-        known = checksums(folder)
-        whole = all(_sha256(folder / name) == digest for name, digest in known.items())
-    except (OSError, ValueError):
+@dataclass(frozen=True)
+class There:
+    """A package that lies in a folder: its provenance, and how its files differ from those that were written."""
+
+    about: dict[str, Any]
+    files: frozenset[str]
+    missing: frozenset[str]
+    changed: frozenset[str]
+    added: frozenset[str]
+
+    @property
+    def by_hand(self) -> frozenset[str]:
+        """What somebody wrote into it and no run can make anew: an edited card, files of their own."""
+        return self.added | (self.changed & {CARD})
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether everything that was made is there as it was made, but for the card, which people edit."""
+        return not self.missing and self.changed <= {CARD}
+
+    def lost_to(self, kept: Collection[str], checkpoint: str) -> list[str]:
+        """What would be gone with a package of `checkpoint` in its place that has the folders and files `kept`."""
+        made_of = self.about.get("checkpoint", checkpoint)
+        told = [f"the package of {made_of}"] if made_of != checkpoint else []
+        written = self.files - self.changed - self.added
+        gone = {_top(name) for name in written if _top(name).rstrip("/") not in kept}
+        told += [f"{name} (not asked for now)" for name in sorted(gone)]
+        told += [f"{name} (changed since it was made)" for name in sorted(self.changed)]
+        return told + [f"{name} (added since it was made)" for name in sorted(self.added)]
+
+
+def look(folder: Path) -> There | None:
+    """The package that lies in a folder; None for no folder or an empty one.
+
+    UserError where something else lies there, which nobody meant to be replaced.
+    """
+    if not folder.exists():
         return None
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return about if whole and there == {*known, CHECKSUMS} else None
+    if not folder.is_dir():
+        raise UserError("this is a file, and a package is a folder", where=folder, hint=_ELSEWHERE)
+    there = frozenset(path.relative_to(folder).as_posix() for path in files_of(folder))
+    if not there and not any(folder.iterdir()):
+        return None
+    try:
+        about = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        about = None
+    if not isinstance(about, dict) or not {"student", "fingerprint"} <= about.keys():
+        raise UserError(
+            f"this folder is not empty and no package of mtgdm's ({PROVENANCE} is missing): it is left as it is",
+            where=folder,
+            hint=_ELSEWHERE,
+        )
+    known = checksums(folder) if (folder / CHECKSUMS).is_file() else {}
+    changed = frozenset(name for name in there & known.keys() if _sha256(folder / name) != known[name])
+    expected = {*known, CHECKSUMS}
+    return There(about, there, frozenset(expected - there), changed, there - expected)
 
 
 def in_words(size: int) -> str:
@@ -59,6 +107,17 @@ def in_words(size: int) -> str:
 def size_of(folder: Path) -> int:
     """Bytes of all its files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files of a package, but for what file managers leave."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in LITTER)
+
+
+def _top(name: str) -> str:
+    """A file of the package itself, or the folder in it that a file belongs to, as `adapter/`."""
+    top, slash, _ = name.partition("/")
+    return top + slash
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, errors, get_token
 from huggingface_hub.utils._validators import validate_repo_id
 
 from mtgdm.errors import SettingError, UserError
+from mtgdm.export.folder import LITTER, files_of
 
 _LOG_IN = (
     "set HF_TOKEN to a token that may write (https://huggingface.co/settings/tokens), or `hf auth login`"
@@ -39,11 +40,7 @@ def check_access(repo: str, api: Any = None) -> None:
 
 def listing(folder: Path) -> list[tuple[str, int]]:
     """What would be uploaded: the files with their sizes."""
-    return [
-        (path.relative_to(folder).as_posix(), path.stat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
+    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files_of(folder)]
 
 
 def push(folder: Path, repo: str, *, private: bool, message: str, api: Any = None) -> str:
@@ -54,7 +51,12 @@ def push(folder: Path, repo: str, *, private: bool, message: str, api: Any = Non
     hub = api or HfApi()
     with _hub_errors(repo):
         hub.create_repo(repo, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        hub.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=message,
+            ignore_patterns=[pattern for name in LITTER for pattern in (name, f"*/{name}")],
+        )
     return f"https://huggingface.co/{repo}"
 
 

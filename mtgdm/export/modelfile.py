@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,13 @@ _STEP = 256
 _EDGE = '"""'
 _GREEDY = {"temperature": 0, "repeat_penalty": 1}
 """As `mtgdm eval` asks: the likeliest token, and no repeated one punished, which JSON is full of."""
+
+
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
+_NAME = re.compile(
+    rf"(?:(?:[A-Za-z0-9_][A-Za-z0-9_.:-]{{0,349}}/)?[A-Za-z0-9_][A-Za-z0-9_-]{{0,79}}/)?{_PART}(?::{_PART})?"
+)
+"""HOST/NAMESPACE/MODEL:TAG, of which all but the model may be left out."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,11 @@ class Modelfile:
 def can_be_quoted(text: str) -> bool:
     """Whether a Modelfile can hold this text: its three quotation marks know no escape."""
     return _EDGE not in text and not text.endswith('"')
+
+
+def is_ollama_name(text: str) -> bool:
+    """Whether Ollama takes this as the name of a model."""
+    return _NAME.fullmatch(text) is not None
 
 
 def context_length(longest_row: int, base_config: Mapping[str, Any]) -> int:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 20
 _LONGEST_WORDS = 300
+_SHOWN_LETTERS = 300
+SILENCE_S = 600.0
+"""A server that says nothing for so long hangs."""
+_CREATE_TIMEOUT = httpx.Timeout(3600.0, connect=CONNECT_TIMEOUT_S)
+"""While it makes a model: it says nothing between the blocks that it copies and quantizes."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,16 @@ class Answer:
 class OllamaServer:
     """One server; every failure is one line, and none of them touches the package."""
 
-    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self, url: str, *, silence_s: float = SILENCE_S, transport: httpx.BaseTransport | None = None
+    ) -> None:
         self._url = server_url(url, Ollama.paths)
         self._client = httpx.Client(
             base_url=self._url,
             transport=transport,
             proxy=None if transport else proxy_to(httpx.URL(self._url)),
             trust_env=False,  # proxies are those that `proxy_to` finds, for teachers too
-            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            timeout=httpx.Timeout(silence_s, connect=CONNECT_TIMEOUT_S),
         )
 
     def __enter__(self) -> Self:
@@ -65,6 +72,25 @@ class OllamaServer:
             f"what answers at {self._url} is no Ollama server: HTTP {reply.status_code}",
             hint="name the server itself with --url",
         )
+
+    def check_name(self, name: str, request: Mapping[str, Any]) -> None:
+        """UserError where the server has a model of this name that was not made of such a request."""
+        with self._failures(f"was asked for {name}"):
+            shown = self._client.post("/api/show", json={"model": name})
+        if shown.status_code == 404:
+            return
+        if shown.status_code != 200:
+            raise UserError(
+                f"the Ollama server at {self._url} cannot say whether it has {name}: {_said(shown.text)}"
+            )
+        told: Any = None
+        with suppress(ValueError):
+            told = shown.json()
+        if not (isinstance(told, dict) and _is_ours(told, request)):
+            raise UserError(
+                f"{name} is in Ollama already, and is no earlier one of this student: it would be replaced",
+                hint="another --ollama-create, or --overwrite",
+            )
 
     def create(
         self,
@@ -113,6 +139,20 @@ class OllamaServer:
             hint="the server's log tells more; often the context is too long for the memory",
         )
 
+    def introduce(
+        self, name: str, asked: Sequence[Message], prompt_tokens: int, context: Context, *, num_ctx: int
+    ) -> None:
+        """Ask a first question and show the answer; warn where the prompt is not as many tokens as in the training."""
+        answer = self.ask(name, asked, max_tokens=max(1, num_ctx - prompt_tokens))
+        said = " ".join(answer.text.split())
+        context.print(f"{name} in Ollama was asked a first question and says:")
+        context.print(said if len(said) <= _SHOWN_LETTERS else f"{said[:_SHOWN_LETTERS]}…")
+        if answer.prompt_tokens not in (None, prompt_tokens):
+            context.warn(
+                f"Ollama read {answer.prompt_tokens:,} tokens where the training had {prompt_tokens:,}: it does not "
+                "use the template of the package; `ollama show --template` and OLLAMA_GO_TEMPLATE tell more"
+            )
+
     def _upload(self, path: Path, digest: str, context: Context) -> None:
         address = f"/api/blobs/{digest}"
         with self._failures(f"was asked for {path.name}"):
@@ -149,7 +189,7 @@ class OllamaServer:
             last = ""
             with (
                 self._failures(f"made {name}"),
-                self._client.stream("POST", "/api/create", json=body) as reply,
+                self._client.stream("POST", "/api/create", json=body, timeout=_CREATE_TIMEOUT) as reply,
             ):
                 if reply.status_code != 200:
                     raise _not_made(name, _said(reply.read().decode("utf-8", "replace")))
@@ -173,11 +213,26 @@ class OllamaServer:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise UserError(f"no Ollama server answers at {self._url}", hint=Ollama.start_hint) from error
+        except httpx.TimeoutException as error:
+            raise UserError(
+                f"the Ollama server at {self._url} hangs: it {doing} and said nothing for too long",
+                hint="look into its log, start it again, then run the same command: the package is whole",
+            ) from error
         except httpx.TransportError as error:
             raise UserError(
                 f"the Ollama server at {self._url} went away while it {doing}: {type(error).__name__}",
                 hint="start it again, then the same command goes on: the package is whole, nothing is made anew",
             ) from error
+
+
+def _is_ours(shown: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
+    """Whether a model has the template and the system text that a student is made with."""
+    if "template" not in request:
+        return False
+    pairs = [
+        (str(told.get(key) or "").strip() for told in (shown, request)) for key in ("template", "system")
+    ]
+    return all(one == other for one, other in pairs)
 
 
 def _status(name: str, line: str, last: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from mtgdm.export.engines import Array, Engine, EngineName, Trained
 from mtgdm.export.weights import Weights, ignore
 from mtgdm.rows import Row
 from mtgdm.student import generation
-from mtgdm.student.base import place
+from mtgdm.student.base import load_model, locate, place
 from mtgdm.student.chat import Chat
 
 GREEDY_TOKENS = 48
@@ -120,6 +120,7 @@ def prove(
     rows: Sequence[Row],
     *,
     name: str,
+    base: str | None = None,
     workspace: Path,
     merged: Path,
     advance: Callable[[int], None] = ignore,
@@ -136,20 +137,23 @@ def prove_all(
     rows: Sequence[Row],
     *,
     name: str,
+    base: str | None = None,
     workspace: Path,
     merged: Path,
     advance: Callable[[int], None] = ignore,
 ) -> list[Proof]:
     """Compare GGUF files with the trained model, base and adapter in float32, on rows that end with an answer.
 
-    `merged` is the folder they were made from, `advance` gets a 1 after every row of every file.
+    `base` is where the base called `name` lies, if elsewhere, `merged` the folder the files were made from; `advance`
+    gets a 1 after every row of every file.
     """
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     chat = generation.load_chat(str(checkpoint), name, workspace)
     longest = max((len(chat.tokens(chat.text(row.messages, ask=False))) for row in rows), default=0)
     if reason := _not_provable(files, longest, config, merged):
         return [Proof(reason=reason) for _ in files]
-    model = generation.load(str(checkpoint), name, place("cpu"), workspace=workspace, load_in_4bit=False)
+    loaded = load_model(base or locate(name, workspace), name, place("cpu"))
+    model = generation.ready(generation.with_adapter(loaded, str(checkpoint), name))
     trained = Trained(model, chat)
     proofs = []
     for file in files:

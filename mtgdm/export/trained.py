@@ -5,28 +5,68 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal
 
 import torch
 import yaml
 from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 from jinja2.exceptions import TemplateError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mtgdm import rows
+from mtgdm.checkpoints import template_fingerprint
 from mtgdm.domain import Message
+from mtgdm.errors import UserError
+from mtgdm.evaluation.training import Training
+from mtgdm.export.lineage import told
 from mtgdm.export.modelfile import Modelfile, can_be_quoted, context_length
 from mtgdm.export.turns import NotOfTurns, Turns, turns_of
 from mtgdm.rows import Row
-from mtgdm.student.base import TINY, check_folder, load_config, load_tokenizer, locate
+from mtgdm.student.base import (
+    TINY,
+    adapter_config,
+    base_of,
+    check_folder,
+    load_config,
+    load_tokenizer,
+    locate,
+)
 from mtgdm.student.chat import Chat
+from mtgdm.student.generation import check_adapter
 
+WEIGHTS = "adapter_model.safetensors"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _MARKS = "generation %}"
 _ASK_TIMEOUT_S = 5.0
+_WHERE_NOW = "put it back, or say where it lies now: --base-model FOLDER"
+
+
+def read_training(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint knows of its training; UserError where its files are not whole or not those of then."""
+    if not (checkpoint / "adapter_config.json").is_file():
+        raise UserError("this is no finished checkpoint: adapter_config.json is missing", where=checkpoint)
+    check_folder(str(checkpoint))
+    named = adapter_config(str(checkpoint)).get("base_model_name_or_path")
+    if not (checkpoint / WEIGHTS).is_file():
+        raise UserError(
+            f"an adapter is packaged from {WEIGHTS}, which is not there",
+            where=checkpoint,
+            hint="save it with PEFT's save_pretrained(), which writes safetensors",
+        )
+    check_adapter(str(checkpoint))
+    known = Training.of(checkpoint)
+    if known is None:
+        return {"base_model": base_of(str(checkpoint))}
+    known.check_base(named)
+    template = checkpoint / "chat_template.jinja"
+    if template.is_file():
+        known.check_template(template_fingerprint(template.read_bytes().decode("utf-8")))
+    training: dict[str, Any] = json.loads(known.path.read_text(encoding="utf-8"))
+    return training
 
 
 @dataclass(frozen=True)
@@ -35,29 +75,37 @@ class Trained:
 
     checkpoint: Path
     base_model: str
+    """The base as the training named it."""
     source: str
     """The base's folder or Hub id."""
     training: Mapping[str, Any]
     rows: Sequence[Row]
     """Answered rows of the split `val`, or of `train` where there is none."""
+    split: Literal["val", "train"]
+    """Which of the two."""
     system: str | None
     """The text that every row of the training began with, if it was one."""
 
     @classmethod
-    def of(cls, checkpoint: Path, training: Mapping[str, Any], answered: Path, workspace: Path) -> Trained:
-        """Read what there is; `answered` need not be there."""
+    def of(
+        cls,
+        checkpoint: Path,
+        training: Mapping[str, Any],
+        answered: Path,
+        workspace: Path,
+        *,
+        base: str | None = None,
+    ) -> Trained:
+        """Read what there is; `answered` need not be there, `base` is where the base lies now."""
         check_folder(str(checkpoint))
         base_model = str(training["base_model"])
+        source = locate(base, workspace) if base is not None else _source(base_model, training, workspace)
         found: dict[str, list[Row]] = {"train": [], "val": [], "test": []}
         for row in rows.read_rows(answered, answered=True) if answered.is_file() else ():
             found[row.split].append(row)
+        split: Literal["val", "train"] = "val" if found["val"] else "train"
         return cls(
-            checkpoint,
-            base_model,
-            locate(base_model, workspace),
-            training,
-            found["val"] or found["train"],
-            _shared_system(found["train"]),
+            checkpoint, base_model, source, training, found[split], split, _shared_system(found["train"])
         )
 
     @cached_property
@@ -68,33 +116,60 @@ class Trained:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The base's config.json."""
-        config: dict[str, Any] = load_config(self.source, self.base_model).to_dict()
+        config: dict[str, Any] = self._config.to_dict()
         return config
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        if Path(self.source).is_dir():
+            return load_config(self.source, self.base_model)
+        try:
+            return load_config(self.source, self.source)
+        except UserError as error:
+            raise UserError(error.message, where=error.where, hint=_WHERE_NOW) from error
 
     @cached_property
     def parameters(self) -> int:
         """How many weights the base has, counted without loading one."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                load_config(self.source, self.base_model)
-            )
+            model = AutoModelForCausalLM.from_config(deepcopy(self._config))  # type: ignore[no-untyped-call]
         return sum(value.numel() for value in model.parameters())
 
     def merged_bytes(self, dtype: str) -> int:
         """How large the merged model will be; `auto` takes the numbers that the base is stored in."""
-        stored = load_config(self.source, self.base_model).dtype if dtype == "auto" else getattr(torch, dtype)
+        stored = self._config.dtype if dtype == "auto" else getattr(torch, dtype)
         number = stored if isinstance(stored, torch.dtype) else torch.bfloat16
         return self.parameters * number.itemsize
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether the base is known by its Hub id rather than by a folder."""
-        return not Path(self.source).is_dir()
+        """Whether the base of the training came from the Hub; of an earlier mtgdm, whether it lies in no folder."""
+        state = self.training.get("base_state")
+        return "hub" in state if state else not Path(self.source).is_dir()
+
+    @property
+    def base_name(self) -> str:
+        """The base as others may know it: its Hub id, or the name of its folder without the way to it."""
+        if self.is_on_hub:
+            return str((self.training.get("base_state") or {}).get("hub", self.source))
+        return PureWindowsPath(self.base_model).name or Path(self.source).resolve().name
+
+    @property
+    def training_to_tell(self) -> dict[str, Any]:
+        """training.json without the places of this machine that it names."""
+        shown = {**self.training, "base_model": self.base_name}
+        if isinstance(settings := self.training.get("settings"), Mapping):
+            shown["settings"] = {
+                key: told(value) if isinstance(value, str) else value for key, value in settings.items()
+            }
+            if "student_base" in settings:
+                shown["settings"]["student_base"] = self.base_name
+        return shown
 
     @cached_property
     def revision(self) -> str | None:
         """The commit of the base on the Hub, where it comes from there."""
-        if not self.is_on_hub:
+        if Path(self.source).is_dir():
             return None
         path = try_to_load_from_cache(self.source, "config.json")
         return Path(path).parent.name if isinstance(path, str) else None
@@ -157,6 +232,10 @@ class Trained:
             remarks.append(
                 "No SYSTEM, for a Modelfile cannot hold the quotation marks of the training's own."
             )
+        named = " ".join(licence.values()) or None
+        if named is not None and not can_be_quoted(named):
+            named = None
+            remarks.append("No LICENSE, for a Modelfile cannot hold its quotation marks; the card names it.")
         longest = int(self.training.get("max_len") or context_length(1 << 30, self.config))
         stop = self.chat.tokenizer.convert_ids_to_tokens([self.chat.end_of_turn])[0]
         return Modelfile(
@@ -165,7 +244,7 @@ class Trained:
             stop,
             context_length(longest, self.config),
             system,
-            " ".join(licence.values()) or None,
+            named,
             tuple(remarks),
         )
 
@@ -174,7 +253,7 @@ class Trained:
         """What the base's own card says of its licence; empty where it is not at hand."""
         if self.base_model == TINY:
             return {"license": "mit"}
-        if not self.is_on_hub:
+        if Path(self.source).is_dir():
             path = Path(self.source) / "README.md"
         else:
             try:
@@ -202,6 +281,18 @@ class Trained:
                 list(messages), tokenize=False, add_generation_prompt=ask, enable_thinking=False
             )
         )
+
+
+def _source(base_model: str, training: Mapping[str, Any], workspace: Path) -> str:
+    """Where the base lay in the training; UserError where that was a folder which is gone."""
+    where = None
+    try:
+        source = locate(base_model, workspace)
+        if "hub" in (training.get("base_state") or {"hub": source}) or Path(source).is_dir():
+            return source
+    except UserError as error:
+        where = error.where
+    raise UserError(f"the base of the training is not there: {base_model}", where=where, hint=_WHERE_NOW)
 
 
 def _shared_system(trained: Sequence[Row]) -> str | None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, PrivateAttr, field_validator
 
 from mtgdm import __version__, manifest, rows
-from mtgdm.checkpoints import chosen_checkpoint, model_state, newest_checkpoint, template_fingerprint
+from mtgdm.checkpoints import chosen_checkpoint, model_state, newest_checkpoint
 from mtgdm.errors import SettingError, UserError
 from mtgdm.evaluation.training import Training
 from mtgdm.stage import Context, Flag, Input, Result, Runtime, StageConfig, stage
@@ -29,11 +30,12 @@ Quant = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 
 ALL: tuple[Format, ...] = ("adapter", "merged", "gguf")
 """What is made where nobody says."""
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+"""What Windows takes for a device, whatever its ending."""
 _BY_LLAMA_CPP = ("q4_k_m", "q5_k_m", "q6_k")
 _OLLAMA_QUANTIZES = ("f16", "bf16", "f32")
 _REPORTS = "eval-report-*.json"
 _ROOM_TO_SPARE = 1.05
-_SHOWN_LETTERS = 300
 
 
 class PackageConfig(StageConfig):
@@ -45,6 +47,8 @@ class PackageConfig(StageConfig):
     """The checkpoint; by default the newest finished one."""
     checkpoints: Path = Path("data/checkpoints")
     """Where checkpoints lie."""
+    base_model: str | None = None
+    """Where the base lies now, if not where the checkpoint says; the card names it as the training did."""
     out: Path = Path("data/export")
     """The package goes into a folder of the student's name under this one."""
     name: str = Field("", pattern=r"^(\w[\w.-]*)?$")
@@ -60,11 +64,14 @@ class PackageConfig(StageConfig):
     in_: Annotated[Path, Input(optional=True)] = Field(Path("data/teacher.jsonl"), alias="in")
     """The answered rows: those of the split `val` prove that a GGUF answers as the trained model."""
     report_dir: Path = Path("data/report")
-    """The newest eval report of this student here goes into the model card."""
+    """The newest eval report of this student on the split test goes into the model card."""
     license: str = ""
     """The student's licence, as the Hub calls it; by default that of its base, where the base's card says it."""
     datasets: tuple[str, ...] = ()
     """Hub ids of data sets that belong to the student, for the model card."""
+    overwrite: Annotated[bool, Runtime()] = False
+    """Replace a package of which something would be lost (files edited, added, not asked for now, another student),
+    and a model in Ollama that is another."""
     ollama_create: Annotated[str, Runtime()] = ""
     """Make a model of this name in an Ollama server, and ask it a row of `val`."""
     url: Annotated[str, Runtime(), Flag(also=("ollama_url",))] = "http://localhost:11434"
@@ -77,6 +84,23 @@ class PackageConfig(StageConfig):
     """Upload it, with the token of HF_TOKEN or `hf auth login`."""
     push_private: Annotated[bool, Runtime()] = True
     """Whether a repository that the upload has to make can be seen by its owner alone."""
+
+    @field_validator("name")
+    @classmethod
+    def _as_every_system_allows(cls, name: str) -> str:
+        """A folder of this name can be made on Windows too."""
+        if name.endswith(".") or _DEVICE.fullmatch(name):
+            raise ValueError("no folder can be called so on Windows")
+        return name
+
+    @field_validator("formats", mode="before")
+    @classmethod
+    def _in_one_order(cls, value: Any) -> Any:
+        """`merged,adapter` asks for the same as `adapter,merged`."""
+        known = get_args(Format)
+        if not isinstance(value, list | tuple) or any(one not in known for one in value):
+            return value
+        return tuple(one for one in known if one in value)
 
     @field_validator("quantize", mode="before")
     @classmethod
@@ -110,7 +134,7 @@ class PackageConfig(StageConfig):
 
     @property
     def report(self) -> Path | None:
-        """The newest eval report of this checkpoint as it is now."""
+        """The newest eval report of this checkpoint as it is now, on the split test."""
         checkpoint = self.checkpoint
         if checkpoint is None:
             return None
@@ -148,30 +172,32 @@ def run(config: PackageConfig, context: Context) -> Result:
     from mtgdm.student.installed import TRAINING, require
 
     require(*TRAINING)
-    training = _training(checkpoint)
     from mtgdm.student.noise import quiet
 
     with quiet(), ExitStack() as held:
-        from mtgdm.export import build, folder, trained
+        from mtgdm.export import build, trained
 
-        student = trained.Trained.of(checkpoint, training, config.in_, context.workspace)
+        training = trained.read_training(checkpoint)
+        student = trained.Trained.of(
+            checkpoint, training, config.in_, context.workspace, base=config.base_model
+        )
         if known := Training.of(checkpoint):
-            known.check_base_state(model_state(student.source))
+            known.check_base_state(
+                model_state(student.source), otherwise=", or name its place: --base-model FOLDER"
+            )
         formats = _formats(config, context, student)
         target = config.out / config.student(checkpoint)
-        server = _server(config, held)
+        server = _server(config, student, held)
         _check_hub(config)
         order = _order(config, context, student, formats, target.name)
-        about = folder.provenance(target, order.fingerprint)
+        about = _made_before(config, context, order, target)
         if about is None:
             _check_room(config, student, formats, target)
             about = build.build(order, student, context, target)
-        else:
-            context.print(f"{manifest.relative(target, context.workspace)} is there already, and whole")
         if server is not None:
             _create_in_ollama(config, context, student, server, target)
         if config.push:
-            _push(config, context, student, target)
+            _push(config, context, student, target, about["formats"])
         return _result(about, target)
 
 
@@ -184,6 +210,13 @@ def _check_settings(config: PackageConfig) -> None:
     if config.ollama_create and config.formats is not None and "gguf" not in config.formats:
         raise SettingError(
             "Ollama is given a GGUF, and `formats` makes none", hint="--formats gguf, with --ollama-create"
+        )
+    from mtgdm.export.modelfile import is_ollama_name
+
+    if config.ollama_create and not is_ollama_name(config.ollama_create):
+        raise SettingError(
+            f"Ollama takes no model of the name '{config.ollama_create}'",
+            hint="MODEL or NAMESPACE/MODEL:TAG, of a-z 0-9 _ - . alone: --ollama-create guide:3b",
         )
     if config.ollama_quantize and not config.ollama_create:
         raise SettingError("--ollama-quantize says how, and not as what: name the model with --ollama-create")
@@ -201,22 +234,6 @@ def _for_ollama(config: PackageConfig) -> Quant | None:
     if config.ollama_quantize is None:
         return config.quantize[0]
     return next((quant for quant in config.quantize if quant in _OLLAMA_QUANTIZES), None)
-
-
-def _training(checkpoint: Path) -> dict[str, Any]:
-    """What the checkpoint knows of its training; UserError where its template is not the one of then."""
-    if not (checkpoint / "adapter_config.json").is_file():
-        raise UserError("this is no finished checkpoint: adapter_config.json is missing", where=checkpoint)
-    known = Training.of(checkpoint)
-    if known is None:
-        from mtgdm.student.base import base_of
-
-        return {"base_model": base_of(str(checkpoint))}
-    template = checkpoint / "chat_template.jinja"
-    if template.is_file():
-        known.check_template(template_fingerprint(template.read_bytes().decode("utf-8")))
-    training: dict[str, Any] = json.loads(known.path.read_text(encoding="utf-8"))
-    return training
 
 
 def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple[Format, ...]:
@@ -268,12 +285,15 @@ def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Forma
 
 def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> dict[str, int]:
     """Bytes by format; what is needed while a GGUF is made stands as `on_the_way`."""
-    from mtgdm.export import gguf
+    from mtgdm.export import gguf, trained
 
-    adapter = (student.checkpoint / "adapter_model.safetensors").stat().st_size
+    adapter = (student.checkpoint / trained.WEIGHTS).stat().st_size
+    found = {name: adapter for name in ("adapter", "gguf-adapter") if name in formats}
+    if not {"merged", "gguf"} & set(formats):
+        return found
     merged = student.merged_bytes(config.dtype)
-    sizes_of = {"adapter": adapter, "merged": merged, "gguf-adapter": adapter}
-    found: dict[str, int] = {name: size for name, size in sizes_of.items() if name in formats}
+    if "merged" in formats:
+        found["merged"] = merged
     if "gguf" in formats:
         sizes: dict[str, int] = {
             quant: gguf.gguf_bytes(student.parameters, quant) for quant in config.quantize
@@ -284,14 +304,16 @@ def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) ->
     return found
 
 
-def _server(config: PackageConfig, held: ExitStack) -> OllamaServer | None:
-    """The Ollama server that is to get the student, if one is; it must be there before hours of work, not after."""
+def _server(config: PackageConfig, student: Trained, held: ExitStack) -> OllamaServer | None:
+    """The Ollama server that is to get the student, if one is; it is asked before hours of work, not after."""
     if not config.ollama_create:
         return None
     from mtgdm.export.ollama import OllamaServer
 
     server = held.enter_context(OllamaServer(config.url))
     server.check()
+    if not config.overwrite:
+        server.check_name(config.ollama_create, student.modelfile("", {}).request())
     return server
 
 
@@ -305,6 +327,31 @@ def _check_hub(config: PackageConfig) -> None:
         hub.check_access(config.push)
 
 
+def _made_before(
+    config: PackageConfig, context: Context, order: Order, target: Path
+) -> dict[str, Any] | None:
+    """The provenance of a package that was made of the same; UserError where replacing another would lose work."""
+    from mtgdm.export import folder
+
+    there = folder.look(target)
+    if there is None:
+        return None
+    as_ordered = there.is_usable and there.about["fingerprint"] == order.fingerprint
+    if as_ordered and not (config.overwrite and there.by_hand):
+        kept = ", and whole"
+        if there.by_hand:
+            kept = f"; kept as you left them, unlike {folder.CHECKSUMS}: {', '.join(sorted(there.by_hand))}"
+        context.print(f"{manifest.relative(target, context.workspace)} is there already{kept}")
+        return there.about
+    if not config.overwrite and (lost := there.lost_to(order.makes, order.checkpoint)):
+        raise UserError(
+            f"a package lies here, and replacing it would lose: {', '.join(lost)}",
+            where=target,
+            hint="--name or --out make the new one elsewhere, --overwrite replaces this one",
+        )
+    return None
+
+
 # --- the work ------------------------------------------------------------------------------------
 
 
@@ -313,10 +360,12 @@ def _order(
 ) -> Order:
     from mtgdm.export import quantize
     from mtgdm.export.build import Order
+    from mtgdm.export.lineage import told
 
     licence = {"license": config.license} if config.license else student.licence
     order = Order(
         student=name,
+        checkpoint=told(manifest.relative(student.checkpoint.resolve(), context.workspace.resolve())),
         formats=formats,
         quants=config.quantize,
         dtype=config.dtype,
@@ -333,6 +382,7 @@ def _order(
         "domain": context.domain_name,
         "mtgdm": __version__,
         "read": read,
+        "base": [model_state(student.source), student.revision],
         "llama.cpp": quantize.is_installed(),  # which proves more
     }
     return replace(order, fingerprint=manifest.settings_digest(shaping))
@@ -342,7 +392,9 @@ def _expected(config: PackageConfig, checkpoint: Path) -> dict[str, Any]:
     """What `mtgdm plan` says: the room by format, on the way and in the end."""
     from mtgdm.export import architectures, quantize, trained
 
-    student = trained.Trained.of(checkpoint, _training(checkpoint), Path(), config._workspace)
+    student = trained.Trained.of(
+        checkpoint, trained.read_training(checkpoint), Path(), config._workspace, base=config.base_model
+    )
     formats, problems = config.formats or ALL, architectures.problems(student.config, checkpoint)
     if problems:
         formats = tuple(one for one in formats if not one.startswith("gguf"))
@@ -376,27 +428,23 @@ def _create_in_ollama(
         quantize=config.ollama_quantize,
     )
     asked = student.question
-    expected = len(student.chat.prompt(asked))
-    answer = server.ask(config.ollama_create, asked, max_tokens=max(1, modelfile.num_ctx - expected))
-    said = " ".join(answer.text.split())
-    context.print(f"{config.ollama_create} in Ollama was asked a first question and says:")
-    context.print(said if len(said) <= _SHOWN_LETTERS else f"{said[:_SHOWN_LETTERS]}…")
-    if answer.prompt_tokens not in (None, expected):
-        context.warn(
-            f"Ollama read {answer.prompt_tokens:,} tokens where the training had {expected:,}: it does not use the "
-            "template of the package; `ollama show --template` and OLLAMA_GO_TEMPLATE tell more"
-        )
+    server.introduce(
+        config.ollama_create, asked, len(student.chat.prompt(asked)), context, num_ctx=modelfile.num_ctx
+    )
 
 
-def _push(config: PackageConfig, context: Context, student: Trained, target: Path) -> None:
+def _push(
+    config: PackageConfig, context: Context, student: Trained, target: Path, formats: Sequence[str]
+) -> None:
     """List what would go to the Hub; with --push-now send it."""
     from mtgdm.export import folder, hub
+    from mtgdm.student.base import TINY
 
     files = hub.listing(target)
     context.terminal.table(["file", "#size"], [[name, folder.in_words(size)] for name, size in files])
-    if Path(student.base_model).is_absolute():
+    if not student.is_on_hub and student.base_name != TINY and "adapter" in formats:
         context.warn(
-            f"the adapter names a folder of this machine as its base, {student.base_model}: others cannot follow it"
+            f"the base, {student.base_name}, is in a folder of this machine: others have nothing of the adapter alone"
         )
     total = f"{len(files):,} files, {folder.in_words(folder.size_of(target))}"
     if not config.push_now:
@@ -430,11 +478,11 @@ def _proof_in_words(quant: str, proof: Mapping[str, Any]) -> str:
 
 
 def _is_about(report: Path, name: str, checkpoint: Path) -> bool:
-    """Whether an eval report is about this checkpoint, and not from before it was trained again."""
+    """Whether a report is about this checkpoint on the split `test`, and not from before it was trained again."""
     try:
         value = json.loads(report.read_text(encoding="utf-8"))
         model, created = str(value["model"]), datetime.fromisoformat(value["created"]).astimezone()
     except (OSError, ValueError, KeyError, TypeError):
         return False
     made = manifest.read(checkpoint)
-    return f"{model} ".startswith(f"{name} ") and (made is None or created >= made.finished)
+    return f"{model},".startswith(f"{name} on test,") and (made is None or created >= made.finished)

@@ -208,7 +208,7 @@ def load(
 def with_adapter(model: PreTrainedModel, source: str, base_name: str) -> PeftModel:
     """The adapter of a checkpoint over its loaded base; UserError where the two do not fit."""
     hint = "was it trained on another model? `base_model` in training.json names it"
-    _check_rank(source)
+    check_adapter(source)
     try:
         adapted: PeftModel = PeftModel.from_pretrained(model, source)
     except (RuntimeError, ValueError, OSError) as error:
@@ -232,7 +232,7 @@ def with_adapter(model: PreTrainedModel, source: str, base_name: str) -> PeftMod
     return adapted
 
 
-def _check_rank(source: str) -> None:
+def check_adapter(source: str) -> None:
     """UserError where the weights are damaged, or of another rank than adapter_config.json says."""
     config, path = base.adapter_config(source), Path(source) / base.ADAPTER_WEIGHTS[0]
     if not path.is_file():
