@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -20,6 +20,7 @@ from mtgdm.export.parity import Proof
 from mtgdm.export.trained import Trained
 from mtgdm.rows import Row
 from mtgdm.stage import Context
+from mtgdm.student.base import adapter_config
 
 PROOF_ROWS = 6
 """About so many rows a GGUF is compared on, as many of each prompt type."""
@@ -179,7 +180,7 @@ def _copy_adapter(student: Trained, folder_: Path) -> None:
     for name in _ADAPTER_FILES:
         if (student.checkpoint / name).is_file():
             shutil.copyfile(student.checkpoint / name, folder_ / name)
-    adapter = json.loads((student.checkpoint / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    adapter = adapter_config(str(student.checkpoint))
     if student.revision is not None and adapter.get("revision") is None:
         adapter["revision"] = student.revision  # of the base: another one would be another model
     _write(folder_ / _ADAPTER_CONFIG, json.dumps(adapter, ensure_ascii=False, indent=2) + "\n")
