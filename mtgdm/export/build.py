@@ -11,7 +11,7 @@ from typing import Any
 
 from mtgdm import __version__, rows
 from mtgdm.errors import UserError
-from mtgdm.export import folder, gguf, lora_gguf, merge, parity
+from mtgdm.export import disk, folder, gguf, lora_gguf, merge, parity
 from mtgdm.export.card import ADAPTER, Card, File, proof_cells
 from mtgdm.export.lineage import lineage, told
 from mtgdm.export.merge import Dtype, Merged
@@ -51,9 +51,12 @@ class Order:
     """One hash over all that the package is made from."""
 
 
-def build(order: Order, student: Trained, context: Context, target: Path) -> dict[str, Any]:
-    """Fill the folder `target`, which stays as it was where anything fails; returns its provenance."""
-    with rows.replace_folder(target) as made:
+def build(order: Order, student: Trained, context: Context, target: Path, room: float) -> dict[str, Any]:
+    """Fill the folder `target`, which stays as it was where anything fails; returns its provenance.
+
+    `room` is what it takes on the disk while it is made, in bytes, for the user who has not so much.
+    """
+    with disk.told_if_full(target, room), rows.replace_folder(target) as made:
         if "adapter" in order.formats:
             _copy_adapter(student, made / "adapter")
         merged, files = _weights(order, student, context, made)

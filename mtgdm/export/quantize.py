@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtgdm.errors import UserError
+from mtgdm.export import disk
 
 INSTALL = 'pip install "mtgdm[llama]"'
 
@@ -43,6 +44,8 @@ def quantize(source: Path, out: Path, quant: str) -> None:
     options.nthread = 0  # as many as the machine has
     with log() as said:
         code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(options))
+    if code != 0 and disk.is_full(out):
+        raise disk.no_space(out)
     if code != 0:
         out.unlink(missing_ok=True)
         reason = said[-1] if said else f"code {code}"

@@ -87,6 +87,12 @@ class Trained:
         return self.parameters * number.itemsize
 
     @property
+    def tokenizer_bytes(self) -> int:
+        """How large the tokenizer is, of which a small student mostly consists."""
+        path = self.checkpoint / "tokenizer.json"
+        return path.stat().st_size if path.is_file() else 0
+
+    @property
     def is_on_hub(self) -> bool:
         """Whether the base is known by its Hub id rather than by a folder."""
         return not Path(self.source).is_dir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -164,8 +163,8 @@ def run(config: PackageConfig, context: Context) -> Result:
         order = _order(config, context, student, formats, target.name)
         about = folder.provenance(target, order.fingerprint)
         if about is None:
-            _check_room(config, student, formats, target)
-            about = build.build(order, student, context, target)
+            room = _check_room(config, student, formats, target)
+            about = build.build(order, student, context, target, room)
         else:
             context.print(f"{manifest.relative(target, context.workspace)} is there already, and whole")
         if server is not None:
@@ -248,22 +247,21 @@ def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple
     return formats
 
 
-def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Format], target: Path) -> None:
-    """UserError where the disk is too small for the package and what is made on the way."""
-    from mtgdm.export import folder
+def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Format], target: Path) -> float:
+    """Bytes of the package and of what is made on the way; UserError where the disk is too small for them."""
+    from mtgdm.export import disk, folder
 
-    place = config.out
-    while not place.exists():
-        place = place.parent
     # What a killed run left is cleared away by this one.
-    free = shutil.disk_usage(place).free + folder.size_of(target.with_name(f".{target.name}.tmp"))
+    free = disk.free(config.out) + folder.size_of(target.with_name(f".{target.name}.tmp"))
     needed = _ROOM_TO_SPARE * sum(_room(config, student, formats).values())
     if needed > free:
         raise UserError(
-            f"the package takes about {needed / 1e9:,.1f} GB while it is made, and {free / 1e9:,.1f} GB are free",
+            f"the package takes about {folder.in_words(round(needed))} while it is made, and "
+            f"{folder.in_words(free)} are free",
             where=config.out,
             hint="make room, write elsewhere with --out, or make less: --formats gguf, one --quantize",
         )
+    return needed
 
 
 def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> dict[str, int]:
@@ -271,15 +269,16 @@ def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) ->
     from mtgdm.export import gguf
 
     adapter = (student.checkpoint / "adapter_model.safetensors").stat().st_size
-    merged = student.merged_bytes(config.dtype)
-    sizes_of = {"adapter": adapter, "merged": merged, "gguf-adapter": adapter}
+    tokenizer = student.tokenizer_bytes
+    merged = student.merged_bytes(config.dtype) + tokenizer
+    sizes_of = {"adapter": adapter + tokenizer, "merged": merged, "gguf-adapter": adapter}
     found: dict[str, int] = {name: size for name, size in sizes_of.items() if name in formats}
     if "gguf" in formats:
         sizes: dict[str, int] = {
             quant: gguf.gguf_bytes(student.parameters, quant) for quant in config.quantize
         }
         most = max(gguf.room_needed(student.parameters, quant) - size for quant, size in sizes.items())
-        found["gguf"] = sum(sizes.values())
+        found["gguf"] = sum(sizes.values()) + len(sizes) * tokenizer
         found["on_the_way"] = most + (0 if "merged" in formats else merged)
     return found
 
