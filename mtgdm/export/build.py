@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mtgdm import __version__, rows
 from mtgdm.errors import UserError
-from mtgdm.export import disk, folder, gguf, lora_gguf, merge, parity
+from mtgdm.export import disk, folder, gguf, lora_gguf, merge, parity, readback
 from mtgdm.export.card import ADAPTER, Card, File, proof_cells
 from mtgdm.export.lineage import lineage, told
 from mtgdm.export.merge import Dtype, Merged
@@ -91,7 +91,7 @@ def _weights(
         return None, files
     folder_ = made / "merged"
     quants = order.quants if "gguf" in order.formats else ()
-    with context.progress(student.merged_bytes(order.dtype) * (1 + len(quants)), "bytes") as bar:
+    with context.progress(student.merged_bytes(order.dtype) * (1 + 2 * len(quants)), "bytes") as bar:
         bar.note("merging")
         merged = merge.merge(
             student.checkpoint,
@@ -103,24 +103,32 @@ def _weights(
             advance=bar.advance,
         )
         context.log.info("merged: %s", merged)
-        written = []
+        written, compared = [], []
+        about: _About = {"name": order.student, "template": student.template, "advance": bar.advance}
         for quant in quants:
             bar.note(f"writing {quant}")
             path = made / f"{order.student}-{quant}.gguf"
-            written.append(
-                gguf.convert(
-                    folder_, path, quant, name=order.student, template=student.template, advance=bar.advance
-                )
-            )
+            written.append(gguf.convert(folder_, path, quant, **about))
+            bar.note(f"reading {quant} back")
+            compared.append(readback.check(path, folder_, quant, **about))
+            context.log.info("%s, beside the merged model: %s", path.name, compared[-1])
     proofs = _proved([one.path for one in written], quants, merged, student, context, folder_)
     files[:0] = [
-        File(one.path.name, quant, one.bytes, proof.as_dict())
-        for one, quant, proof in zip(written, quants, proofs, strict=True)
+        File(one.path.name, quant, one.bytes, proof.as_dict(), weights.as_dict())
+        for one, quant, proof, weights in zip(written, quants, proofs, compared, strict=True)
     ]
     if "merged" in order.formats:
         return merged, files
     shutil.rmtree(folder_)
     return None, files
+
+
+class _About(TypedDict):
+    """What a GGUF is written and read back with."""
+
+    name: str
+    template: str
+    advance: Callable[[int], None]
 
 
 def _gguf_adapter(order: Order, student: Trained, made: Path) -> File:
@@ -159,7 +167,9 @@ def _proved(
     for path, proof in zip(paths, proofs, strict=True):
         context.log.info("%s: %s", path.name, proof)
         if proof.engine is None:
-            context.warn(f"{path.name} is unproved: {proof.reason}")
+            context.warn(
+                f"{path.name} is unproved, though its weights are those of the merged model: {proof.reason}"
+            )
     for path, quant, proof in zip(paths, quants, proofs, strict=True):
         if failures := proof.failures(quant, merged.dtype):
             raise UserError(
