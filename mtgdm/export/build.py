@@ -170,13 +170,25 @@ def _proved(
             context.warn(
                 f"{path.name} is unproved, though its weights are those of the merged model: {proof.reason}"
             )
-    for path, quant, proof in zip(paths, quants, proofs, strict=True):
-        if failures := proof.failures(quant, merged.dtype):
-            raise UserError(
-                f"{path.name} does not answer as the trained model: {'; '.join(failures)}",
-                hint="no package was made, an earlier one is as it was; another type: --quantize f16",
-            )
+    _refuse_others(dict(zip(quants, proofs, strict=True)), paths, merged.dtype)
     return proofs
+
+
+def _refuse_others(proofs: Mapping[str, Proof], paths: Sequence[Path], dtype: str) -> None:
+    """UserError that names every file which is another model, and the types that are good."""
+    failures = {quant: proof.failures(quant, dtype) for quant, proof in proofs.items()}
+    found = [
+        f"{path.name} does not answer as the trained model: {'; '.join(failures[quant])}"
+        for path, quant in zip(paths, proofs, strict=True)
+        if failures[quant]
+    ]
+    good = ",".join(quant for quant in proofs if not failures[quant])
+    if found:
+        raise UserError(
+            ". ".join(found),
+            hint="no package was made, an earlier one is as it was; "
+            + (f"the rest is good: --quantize {good}" if good else "another type: --quantize f16"),
+        )
 
 
 def proof_rows(answered: Sequence[Row]) -> list[Row]:
