@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import unicodedata
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from mtgdm.errors import UserError
-from mtgdm.export import engines, parity, quantize
+from mtgdm.export import disk, engines, parity, quantize
 from mtgdm.export.gguf import QUANTS, convert
 from mtgdm.export.lora_gguf import convert_adapter
 from mtgdm.export.merge import merge
@@ -234,6 +235,16 @@ def test_a_file_that_cannot_be_quantized_says_why(tmp_path: Path) -> None:
         quantize.quantize(tmp_path / "x.gguf", tmp_path / "y.gguf", "q4_k_m")
     assert "code" not in caught.value.message, "llama.cpp's own reason"
     assert not (tmp_path / "y.gguf").exists()
+
+
+def test_a_disk_that_is_full_while_quantizing_is_an_error_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"no GGUF at all")
+    monkeypatch.setattr(disk, "free", lambda path: 4096)
+    with pytest.raises(OSError, match=r"y\.gguf") as caught:
+        quantize.quantize(tmp_path / "x.gguf", tmp_path / "y.gguf", "q4_k_m")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_the_types_of_a_trained_model_are_within_their_limits(tmp_path: Path) -> None:

@@ -307,6 +307,34 @@ def test_a_disk_that_is_too_small_is_told_before_any_work(
     assert not left.exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "method", "error"),
+    [
+        ("transformers.PreTrainedTokenizerFast", "save_pretrained", "No space left on device (os error 28)"),
+        ("gguf.GGUFWriter", "write_tensors_to_file", "4096 requested and 0 written"),
+    ],
+)
+def test_a_disk_that_fills_up_meanwhile_is_told_with_the_need(
+    kind: str, method: str, error: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(error) if "requested" in error else Exception(error)
+
+    monkeypatch.setattr(f"{kind}.{method}", fail)
+    with pytest.raises(UserError, match=r"the disk is full: the package takes about \d\.\d MB .* are free"):
+        packaged(workspace, formats="merged,gguf-adapter")
+    assert not any((workspace / "data/export").iterdir())
+
+
+def test_the_room_counts_the_tokenizer_in_every_format(workspace: Path) -> None:
+    config = PackageConfig(formats=("adapter", "merged", "gguf")).resolved(workspace)
+    assert all(size < 5 for size in config.estimate()["mib_of_disk"].values())
+    path = workspace / "data/checkpoints/base-lora/tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8") + " " * 5 * 2**20, encoding="utf-8")
+    room = config.estimate()["mib_of_disk"]
+    assert all(room[key] >= 5 for key in ("adapter", "merged", "gguf"))
+
+
 def test_a_quantization_without_llama_cpp_is_refused_before_any_work(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
