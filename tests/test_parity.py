@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from mtgdm.export import merge as merging
 from mtgdm.export.gguf import convert
 from mtgdm.export.merge import merge
 from mtgdm.export.parity import Proof
+from mtgdm.export.weights import Weights
 from mtgdm.rows import Row
 from mtgdm.student.noise import quiet
 from tests.families import make_checkpoint, make_family
@@ -157,6 +159,25 @@ def test_what_is_reckoned_for_a_logit_is_no_less_than_it_takes() -> None:
     tracemalloc.stop()
     both_sides = 2 * 2 * 4 * logits.size  # the logits, and those that a library keeps for itself
     assert peak + both_sides <= parity._BYTES_A_LOGIT * logits.size
+
+
+def test_the_memory_hardly_grows_with_the_row_and_counts_what_transformers_holds_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_family(tmp_path / "model", "qwen2-tied")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    file = model / "model.safetensors"
+
+    def needed(tokens: int) -> int:
+        return parity.memory_needed([file], tokens, config, model)
+
+    cache = 2 * 2 * 4 * 1000 * config["num_hidden_layers"] * config["hidden_size"] // 2
+    assert needed(2000) - needed(1000) == cache
+    through_transformers = needed(1000)
+    monkeypatch.setattr(quantize, "is_installed", lambda: True)
+    assert through_transformers - needed(1000) == 2 * sum(
+        4 * stored.numbers for stored in Weights(model).stored.values()
+    )
 
 
 def test_a_model_for_which_the_memory_is_short_stays_plainly_unproved(

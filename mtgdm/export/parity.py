@@ -166,15 +166,21 @@ def _not_provable(files: Sequence[Path], longest: int, config: Mapping[str, Any]
             "llama-cpp-python is not installed, and transformers reads GGUF files of this model wrongly: "
             f"{quantize.INSTALL}"
         )
-    weights = sum(stored.numbers for stored in Weights(merged).stored.values())
-    needed = 4 * weights + max(file.stat().st_size for file in files)
-    needed += 0 if quantize.is_installed() else 4 * weights
-    needed += 2 * _cache_bytes(config, longest + GREEDY_TOKENS)
-    needed += _BYTES_A_LOGIT * engines.POSITIONS_AT_ONCE * int(config["vocab_size"])
+    needed = memory_needed(files, longest, config, merged)
     free = psutil.virtual_memory().available
     if needed > _MEMORY_SHARE * free:
         return f"the trained model and the file take {needed / 2**30:,.0f} GiB, of which {free / 2**30:,.0f} are free"
     return None
+
+
+def memory_needed(files: Sequence[Path], longest: int, config: Mapping[str, Any], merged: Path) -> int:
+    """About how many bytes a proof takes at its most, on rows of at most so many tokens."""
+    weights = sum(stored.numbers for stored in Weights(merged).stored.values())
+    needed = 4 * weights + max(file.stat().st_size for file in files)
+    if not quantize.is_installed():
+        needed += 2 * 4 * weights  # while transformers reads a file it holds its weights twice
+    needed += 2 * _cache_bytes(config, longest + GREEDY_TOKENS)
+    return needed + _BYTES_A_LOGIT * engines.POSITIONS_AT_ONCE * int(config["vocab_size"])
 
 
 def _cache_bytes(config: Mapping[str, Any], positions: int) -> int:
