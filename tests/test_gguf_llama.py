@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import unicodedata
@@ -11,14 +12,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mtgdm.errors import UserError
-from mtgdm.export import parity, quantize
+from mtgdm.export import disk, engines, parity, quantize
 from mtgdm.export.gguf import QUANTS, convert
 from mtgdm.export.lora_gguf import convert_adapter
 from mtgdm.export.merge import merge
 from mtgdm.rows import Row
+from mtgdm.student import generation
 from mtgdm.student.noise import quiet
 from tests.families import FAMILIES, TEXT, make_checkpoint, make_family
 
@@ -109,6 +112,24 @@ def test_a_float32_file_answers_like_base_and_adapter(student: Student, tmp_path
     assert proof.max_logit_difference <= 1e-3
     assert (proof.tokens_equal, proof.greedy_equal, proof.top1_agreement) == (2, 2, 1.0)
     assert proof.failures("f32") == []
+
+
+def test_logits_in_parts_are_those_of_the_whole_row(student: Student, tmp_path: Path) -> None:
+    file = written(student, tmp_path / "f32.gguf")
+    ids = [5 + place % 300 for place in range(2 * engines.POSITIONS_AT_ONCE + 7)]
+    whole = llama(file)
+    whole.eval(ids)
+    with engines.opened(file, generation.load_chat(str(student.checkpoint), "base", tmp_path), 256) as (
+        _,
+        engine,
+    ):
+        parts = [part.copy() for part in engine.logits(ids)]
+        again = [part.copy() for part in engine.logits(ids)]
+        greedy = engine.greedy(ids, 4)
+    assert [len(part) for part in parts] == [engines.POSITIONS_AT_ONCE, engines.POSITIONS_AT_ONCE, 7]
+    assert abs(np.concatenate(parts) - whole.scores[: len(ids)]).max() < 1e-3
+    assert (np.concatenate(parts) == np.concatenate(again)).all(), "a row does not see the one before"
+    assert greedy[:1] == [whole.scores[len(ids) - 1].argmax()][: len(greedy)]
 
 
 def test_300_strings_have_the_same_tokens(student: Student, tmp_path: Path) -> None:
@@ -214,6 +235,16 @@ def test_a_file_that_cannot_be_quantized_says_why(tmp_path: Path) -> None:
         quantize.quantize(tmp_path / "x.gguf", tmp_path / "y.gguf", "q4_k_m")
     assert "code" not in caught.value.message, "llama.cpp's own reason"
     assert not (tmp_path / "y.gguf").exists()
+
+
+def test_a_disk_that_is_full_while_quantizing_is_an_error_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"no GGUF at all")
+    monkeypatch.setattr(disk, "free", lambda path: 4096)
+    with pytest.raises(OSError, match=r"y\.gguf") as caught:
+        quantize.quantize(tmp_path / "x.gguf", tmp_path / "y.gguf", "q4_k_m")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_the_types_of_a_trained_model_are_within_their_limits(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mtgdm.errors import UserError
+from mtgdm.export import lora
 from mtgdm.export import merge as merging
 from mtgdm.export.merge import Merged, merge, merged_bytes
 from mtgdm.export.weights import Weights
@@ -80,8 +81,9 @@ def test_the_merged_model_answers_like_base_and_adapter(kind: str, bases: Path, 
     [
         ({"lora_bias": True}, "biases inside LoRA"),
         ({"init_lora_weights": "pissa"}, "changes the base too"),
-        ({"peft_type": "LOHA"}, "the method LOHA"),
+        ({"peft_type": "LOHA"}, "this is no LoRA adapter: its peft_type is 'LOHA'"),
         ({"fan_in_fan_out": True}, "Conv1D"),
+        ({"lora_alpha": None}, "`lora_alpha` is None"),
     ],
 )
 def test_an_adapter_that_is_more_than_a_sum_is_refused(
@@ -95,6 +97,28 @@ def test_an_adapter_that_is_more_than_a_sum_is_refused(
     with pytest.raises(UserError, match=reason):
         merged_into(tmp_path / "merged", bases / "qwen3", checkpoint)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_broken_configuration_is_one_line(bases: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen3")
+    (checkpoint / "adapter_config.json").write_text("{bad", encoding="utf-8")
+    with pytest.raises(UserError, match=r"adapter_config\.json: this file cannot be read"):
+        lora.read(checkpoint)
+
+
+@pytest.mark.parametrize(("key", "edited"), [("lora_alpha", 80), ("use_rslora", True), ("r", 8)])
+def test_a_scale_edited_after_the_training_is_refused(
+    key: str, edited: Any, bases: Path, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen3")
+    settings = {"lora_r": 4, "lora_alpha": 8, "lora_rslora": False}
+    (checkpoint / "training.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
+    assert lora.read(checkpoint).pairs
+    path = checkpoint / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {key: edited}
+    path.write_text(json.dumps(config), encoding="utf-8", newline="\n")
+    with pytest.raises(UserError, match=f"`{key}` is {edited}, and the training had"):
+        lora.read(checkpoint)
 
 
 def test_an_adapter_of_another_base_is_refused(bases: Path, tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+from gguf import GGUFReader
 
 from mtgdm import manifest
 from mtgdm.errors import SettingError, UserError
-from mtgdm.export import gguf, hub, merge, parity, quantize
+from mtgdm.export import build, gguf, hub, merge, parity, quantize
 from mtgdm.export.lineage import lineage
 from mtgdm.stages.package import PackageConfig, Quant
 from mtgdm.stages.package import run as package
@@ -180,6 +182,9 @@ def test_the_gguf_is_proved_on_rows_of_val_and_the_figures_are_kept(workspace: P
         f"| `base-student-q8_0.gguf` | {proof['engine']}, 3 rows | 3 of 3 | {proof['mean_kl']:.1e} |" in card
     )
     assert "prompts in NFC" in card
+    weights = file["weights"]
+    assert 0 < weights["equal"] < weights["tensors"]
+    assert f"the others within {weights['largest_error']:.1%}" in card
     assert any("3 of 3" in line for line in ran.printed)
 
 
@@ -196,6 +201,33 @@ def test_a_gguf_that_answers_otherwise_is_refused_and_the_old_package_stays(
         packaged(workspace, quantize="f16", overwrite=True)
     assert (student(workspace) / "SHA256SUMS").read_bytes() == before
     assert [path.name for path in student(workspace).parent.iterdir() if path.is_dir()] == ["base-student"]
+
+
+def test_of_several_types_the_one_that_fails_is_named_and_the_good_ones_too(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parity.LIMITS, "q8_0", parity.Limit(-1.0, 0.0))
+    monkeypatch.setitem(parity.LIMITS, "f32", parity.Limit(-1.0, 0.0))
+    with pytest.raises(UserError, match=r"^base-student-q8_0\.gguf does not answer [^.]*: mean KL") as caught:
+        packaged(workspace, quantize="q8_0,f16")
+    assert caught.value.hint is not None
+    assert caught.value.hint.endswith("the rest is good: --quantize f16")
+
+
+def test_a_gguf_with_damage_that_no_row_of_val_shows_is_refused(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*args: Any, **options: Any) -> gguf.Written:
+        written = gguf.convert(*args, **options)
+        reader = GGUFReader(written.path, "r+")
+        next(one for one in reader.tensors if one.name == "token_embd.weight").data[-1] = 0
+        reader.data.flush()
+        return written
+
+    monkeypatch.setattr(build, "gguf", SimpleNamespace(convert=damaged))
+    with pytest.raises(UserError, match=r"base-student-q8_0\.gguf: .* token_embd\.weight has 1 rows"):
+        packaged(workspace)
+    assert not student(workspace).exists()
 
 
 def test_a_base_with_other_weights_than_in_training_is_refused(workspace: Path) -> None:
@@ -519,6 +551,34 @@ def test_a_disk_that_is_too_small_is_told_before_any_work(
     left.write_bytes(b"0" * 10**7)
     packaged(workspace)
     assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "error"),
+    [
+        ("transformers.PreTrainedTokenizerFast", "save_pretrained", "No space left on device (os error 28)"),
+        ("gguf.GGUFWriter", "write_tensors_to_file", "4096 requested and 0 written"),
+    ],
+)
+def test_a_disk_that_fills_up_meanwhile_is_told_with_the_need(
+    kind: str, method: str, error: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(error) if "requested" in error else Exception(error)
+
+    monkeypatch.setattr(f"{kind}.{method}", fail)
+    with pytest.raises(UserError, match=r"the disk is full: the package takes about \d\.\d MB .* are free"):
+        packaged(workspace, formats="merged,gguf-adapter")
+    assert not any((workspace / "data/export").iterdir())
+
+
+def test_the_room_counts_the_tokenizer_in_every_format(workspace: Path) -> None:
+    config = PackageConfig(formats=("adapter", "merged", "gguf")).resolved(workspace)
+    assert all(size < 5 for size in config.estimate()["mib_of_disk"].values())
+    path = workspace / "data/checkpoints/base-lora/tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8") + " " * 5 * 2**20, encoding="utf-8")
+    room = config.estimate()["mib_of_disk"]
+    assert all(room[key] >= 5 for key in ("adapter", "merged", "gguf"))
 
 
 def test_a_quantization_without_llama_cpp_is_refused_before_any_work(

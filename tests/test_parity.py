@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mtgdm.export import parity, quantize
+from mtgdm.export import engines, parity, quantize
+from mtgdm.export import merge as merging
 from mtgdm.export.gguf import convert
 from mtgdm.export.merge import merge
 from mtgdm.export.parity import Proof
+from mtgdm.export.weights import Weights
 from mtgdm.rows import Row
 from mtgdm.student.noise import quiet
 from tests.families import make_checkpoint, make_family
@@ -118,3 +123,65 @@ def test_the_divergence_is_that_of_the_definition() -> None:
     sums.add(model + 3, file)  # a constant added to all logits changes no probability
     assert sums.kl == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
     assert sums.agreeing == 0
+
+
+LONG = row("西湖在杭州市，始建于1089年。湖光山色。" * 12)
+"""Of more positions than are held at once."""
+
+
+def test_no_layer_ever_answers_for_all_positions_of_a_long_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    positions = set()
+
+    def note(_: Any, __: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.ndim == 3:
+            positions.add(output.shape[0] * output.shape[1])
+
+    monkeypatch.setattr(merging, "MEMORY_SHARE", 0.0)  # whose own comparison has its own number of positions
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        proof = proved("qwen2-tied", tmp_path, [LONG])
+    finally:
+        hook.remove()
+    assert proof.failures("f32") == []
+    assert proof.positions > 3 * engines.POSITIONS_AT_ONCE
+    assert max(positions) == engines.POSITIONS_AT_ONCE
+
+
+def test_what_is_reckoned_for_a_logit_is_no_less_than_it_takes() -> None:
+    logits = np.random.default_rng(0).normal(size=(engines.POSITIONS_AT_ONCE, 20_000)).astype(np.float32)
+    tracemalloc.start()
+    parity._Sums().add(logits, logits)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    both_sides = 2 * 2 * 4 * logits.size  # the logits, and those that a library keeps for itself
+    assert peak + both_sides <= parity._BYTES_A_LOGIT * logits.size
+
+
+def test_the_memory_hardly_grows_with_the_row_and_counts_what_transformers_holds_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_family(tmp_path / "model", "qwen2-tied")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    file = model / "model.safetensors"
+
+    def needed(tokens: int) -> int:
+        return parity.memory_needed([file], tokens, config, model)
+
+    cache = 2 * 2 * 4 * 1000 * config["num_hidden_layers"] * config["hidden_size"] // 2
+    assert needed(2000) - needed(1000) == cache
+    through_transformers = needed(1000)
+    monkeypatch.setattr(quantize, "is_installed", lambda: True)
+    assert through_transformers - needed(1000) == 2 * sum(
+        4 * stored.numbers for stored in Weights(model).stored.values()
+    )
+
+
+def test_a_model_for_which_the_memory_is_short_stays_plainly_unproved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
+    assert "of which 0 are free" in str(proved("qwen2-tied", tmp_path))

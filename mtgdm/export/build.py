@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mtgdm import __version__, rows
 from mtgdm.errors import UserError
-from mtgdm.export import folder, gguf, lora_gguf, merge, parity
+from mtgdm.export import disk, folder, gguf, lora_gguf, merge, parity, readback
 from mtgdm.export.card import ADAPTER, Card, File, proof_cells
 from mtgdm.export.lineage import lineage
 from mtgdm.export.merge import Dtype, Merged
@@ -20,6 +20,7 @@ from mtgdm.export.parity import Proof
 from mtgdm.export.trained import Trained
 from mtgdm.rows import Row
 from mtgdm.stage import Context
+from mtgdm.student.base import adapter_config
 
 PROOF_ROWS = 6
 """About so many rows a GGUF is compared on, as many of each prompt type."""
@@ -60,9 +61,12 @@ class Order:
         return {*folders, *whole, *lora, *modelfile, folder.CARD, folder.PROVENANCE, folder.CHECKSUMS}
 
 
-def build(order: Order, student: Trained, context: Context, target: Path) -> dict[str, Any]:
-    """Fill the folder `target`, which stays as it was where anything fails; returns its provenance."""
-    with rows.replace_folder(target) as made:
+def build(order: Order, student: Trained, context: Context, target: Path, room: float) -> dict[str, Any]:
+    """Fill the folder `target`, which stays as it was where anything fails; returns its provenance.
+
+    `room` is what it takes on the disk while it is made, in bytes, for the user who has not so much.
+    """
+    with disk.told_if_full(target, room), rows.replace_folder(target) as made:
         if "adapter" in order.formats:
             _copy_adapter(student, made / "adapter")
         merged, files = _weights(order, student, context, made)
@@ -98,7 +102,7 @@ def _weights(
         return None, files
     folder_ = made / "merged"
     quants = order.quants if "gguf" in order.formats else ()
-    with context.progress(student.merged_bytes(order.dtype) * (1 + len(quants)), "bytes") as bar:
+    with context.progress(student.merged_bytes(order.dtype) * (1 + 2 * len(quants)), "bytes") as bar:
         bar.note("merging")
         merged = merge.merge(
             student.checkpoint,
@@ -110,24 +114,32 @@ def _weights(
             advance=bar.advance,
         )
         context.log.info("merged: %s", merged)
-        written = []
+        written, compared = [], []
+        about: _About = {"name": order.student, "template": student.template, "advance": bar.advance}
         for quant in quants:
             bar.note(f"writing {quant}")
             path = made / f"{order.student}-{quant}.gguf"
-            written.append(
-                gguf.convert(
-                    folder_, path, quant, name=order.student, template=student.template, advance=bar.advance
-                )
-            )
+            written.append(gguf.convert(folder_, path, quant, **about))
+            bar.note(f"reading {quant} back")
+            compared.append(readback.check(path, folder_, quant, **about))
+            context.log.info("%s, beside the merged model: %s", path.name, compared[-1])
     proofs = _proved([one.path for one in written], quants, merged, student, context, folder_)
     files[:0] = [
-        File(one.path.name, quant, one.bytes, proof.as_dict())
-        for one, quant, proof in zip(written, quants, proofs, strict=True)
+        File(one.path.name, quant, one.bytes, proof.as_dict(), weights.as_dict())
+        for one, quant, proof, weights in zip(written, quants, proofs, compared, strict=True)
     ]
     if "merged" in order.formats:
         return merged, files
     shutil.rmtree(folder_)
     return None, files
+
+
+class _About(TypedDict):
+    """What a GGUF is written and read back with."""
+
+    name: str
+    template: str
+    advance: Callable[[int], None]
 
 
 def _gguf_adapter(order: Order, student: Trained, made: Path) -> File:
@@ -167,14 +179,28 @@ def _proved(
     for path, proof in zip(paths, proofs, strict=True):
         context.log.info("%s: %s", path.name, proof)
         if proof.engine is None:
-            context.warn(f"{path.name} is unproved: {proof.reason}")
-    for path, quant, proof in zip(paths, quants, proofs, strict=True):
-        if failures := proof.failures(quant, merged.dtype):
-            raise UserError(
-                f"{path.name} does not answer as the trained model: {'; '.join(failures)}",
-                hint="no package was made, an earlier one is as it was; another type: --quantize f16",
+            context.warn(
+                f"{path.name} is unproved, though its weights are those of the merged model: {proof.reason}"
             )
+    _refuse_others(dict(zip(quants, proofs, strict=True)), paths, merged.dtype)
     return proofs
+
+
+def _refuse_others(proofs: Mapping[str, Proof], paths: Sequence[Path], dtype: str) -> None:
+    """UserError that names every file which is another model, and the types that are good."""
+    failures = {quant: proof.failures(quant, dtype) for quant, proof in proofs.items()}
+    found = [
+        f"{path.name} does not answer as the trained model: {'; '.join(failures[quant])}"
+        for path, quant in zip(paths, proofs, strict=True)
+        if failures[quant]
+    ]
+    good = ",".join(quant for quant in proofs if not failures[quant])
+    if found:
+        raise UserError(
+            ". ".join(found),
+            hint="no package was made, an earlier one is as it was; "
+            + (f"the rest is good: --quantize {good}" if good else "another type: --quantize f16"),
+        )
 
 
 def proof_rows(answered: Sequence[Row]) -> list[Row]:
@@ -191,7 +217,7 @@ def _copy_adapter(student: Trained, folder_: Path) -> None:
     for name in _ADAPTER_FILES:
         if (student.checkpoint / name).is_file():
             shutil.copyfile(student.checkpoint / name, folder_ / name)
-    adapter = json.loads((student.checkpoint / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    adapter = adapter_config(str(student.checkpoint))
     if student.revision is not None and adapter.get("revision") is None:
         adapter["revision"] = student.revision  # of the base: another one would be another model
     adapter["base_model_name_or_path"] = student.base_name

@@ -31,12 +31,16 @@ ADAPTER = "gguf-adapter"
 
 @dataclass(frozen=True)
 class File:
-    """A GGUF of the package: its name, its type (`gguf-adapter` for one of LoRA alone), its size, its proof."""
+    """A GGUF of the package: its name, its type (`gguf-adapter` for one of LoRA alone), its size, its proof.
+
+    `weights` is how it was read back and compared with the merged model.
+    """
 
     name: str
     quant: str
     bytes: int
     proof: Mapping[str, Any] | None = None
+    weights: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,12 @@ class Card:
             if file.proof and not file.proof["engine"]:
                 yield from ("", f"`{file.name}` is **unproved**: {file.proof['reason']}.")
         for file in self.files:
+            if file.weights:
+                yield from (
+                    "",
+                    f"`{file.name}` was read back from the disk: {weights_in_words(file.weights)}.",
+                )
+        for file in self.files:
             if file.quant == ADAPTER:
                 yield from ("", f"`{file.name}` was not compared: it is nothing without a GGUF of the base.")
 
@@ -261,6 +271,15 @@ def proof_cells(proof: Mapping[str, Any]) -> list[str]:
         _figure(proof["top1_agreement"], ".1%"),
         _count(proof["greedy_equal"], proof["rows"]),
     ]
+
+
+def weights_in_words(weights: Mapping[str, Any]) -> str:
+    """How the tensors of a GGUF compare with those of the merged model."""
+    equal, error = weights["equal"], weights["largest_error"]
+    words = f"all its keys are as they were meant, {equal:,} of {weights['tensors']:,} tensors hold the merged weights"
+    if error is None:
+        return f"{words} bit for bit"
+    return f"{words} bit for bit, the others within {error:.1%} (root mean square, by tensor)"
 
 
 def _count(equal: int | None, rows: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ _SOURCE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 """The type that holds a stored dtype without loss, which the k-quants are made from."""
 _LEFT_OUT = ("rotary_emb.inv_freq",)
 """Buffers in old files, which the configuration tells as well."""
-_CASTS = {
+CASTS = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
@@ -60,7 +60,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class _Planned:
+class Tensor:
     """A tensor of the file: where it comes from (None: computed), its name, shape and type in GGUF."""
 
     source: str | None
@@ -70,6 +70,7 @@ class _Planned:
 
     @property
     def bytes(self) -> int:
+        """Its size in the file."""
         block, size = gguf.GGML_QUANT_SIZES[self.type]
         return prod(self.shape) // int(block) * int(size)
 
@@ -88,7 +89,7 @@ def convert(
     `template` is the chat template of the training. Raises UserError, before any work, for a model that GGUF
     cannot hold as it is, and for a k-quant without llama-cpp-python.
     """
-    config = _config(merged)
+    config = config_of(merged)
     if found := architectures.problems(config, merged):
         raise UserError(f"this model cannot be written as GGUF: {found[0]}", where=merged)
     if quant not in _WRITTEN_HERE:
@@ -120,7 +121,8 @@ def room_needed(parameters: int, quant: str) -> int:
     return gguf_bytes(parameters, quant) + (0 if quant in _WRITTEN_HERE else gguf_bytes(parameters, "bf16"))
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config.json of a merged model; UserError where it cannot be read."""
     path = folder / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -144,15 +146,11 @@ def _write(
     advance: Callable[[int], None],
 ) -> int:
     """Write one file in the types that are encoded here; how many tensors it holds."""
-    weights, found = Weights(merged), architectures.family(config)
-    tensor_type, file_type = _WRITTEN_HERE[quant]
-    plan = list(_plan(weights, found, config, tensor_type))
-    writer = gguf.GGUFWriter(out, found.architecture)
+    weights = Weights(merged)
+    tensors = list(plan(weights, config, type_for(quant, merged)))
+    writer = header(out, merged, config, quant, name, template)
     try:
-        _add_general(writer, name, file_type)
-        architectures.add_keys(writer, config)
-        _add_tokenizer(writer, merged, config, template)
-        for one in plan:
+        for one in tensors:
             writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), one.bytes, raw_dtype=one.type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -160,8 +158,8 @@ def _write(
         (file,) = writer.fout
         writer.write_padding(file, file.tell())
         with _alone(), ThreadPoolExecutor(os.cpu_count()) as threads:
-            for one in plan:
-                for chunk in _chunks(one, weights, found, config, threads):
+            for one in tensors:
+                for chunk in _chunks(one, weights, config, threads):
                     file.write(chunk.data)
                 writer.write_padding(file, one.bytes)
                 if one.source is not None:
@@ -171,16 +169,36 @@ def _write(
         os.fsync(file.fileno())
     finally:
         writer.close()
-    return len(plan)
+    return len(tensors)
 
 
-def _plan(
-    weights: Weights, found: Family, config: Mapping[str, Any], wanted: GGMLQuantizationType
-) -> Iterator[_Planned]:
+def header(
+    out: Path | None, merged: Path, config: Mapping[str, Any], quant: str, name: str, template: str
+) -> gguf.GGUFWriter:
+    """A writer to `out` with all the keys of a file."""
+    writer = gguf.GGUFWriter(out, architectures.family(config).architecture)
+    _add_general(writer, name, _file_type(quant))
+    architectures.add_keys(writer, config)
+    _add_tokenizer(writer, merged, config, template)
+    return writer
+
+
+def _file_type(quant: str) -> LlamaFileType:
+    return _WRITTEN_HERE[quant][1] if quant in _WRITTEN_HERE else quantize.FILE_TYPES[quant]
+
+
+def type_for(quant: str, merged: Path) -> GGMLQuantizationType:
+    """The type of the matrices in a file; of a k-quant that of the file it is made from."""
+    return _WRITTEN_HERE[quant if quant in _WRITTEN_HERE else _lossless(merged)][0]
+
+
+def plan(weights: Weights, config: Mapping[str, Any], wanted: GGMLQuantizationType) -> Iterator[Tensor]:
+    """The tensors of a file in their order; UserError for one that has no place in it."""
+    found = architectures.family(config)
     names = name_map(found, config)
     factors = architectures.rope_factors(config)
     if factors is not None:
-        yield _Planned(None, "rope_freqs.weight", factors.shape, GGMLQuantizationType.F32)
+        yield Tensor(None, "rope_freqs.weight", factors.shape, GGMLQuantizationType.F32)
     for name, stored in weights.stored.items():
         if name.endswith(_LEFT_OUT) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
             continue
@@ -189,7 +207,7 @@ def _plan(
             raise UserError(
                 f"the tensor {name} has no place in a GGUF of {found.known_as}", where=weights.folder
             )
-        yield _Planned(name, named, stored.shape, _type_of(stored.shape, wanted))
+        yield Tensor(name, named, stored.shape, _type_of(stored.shape, wanted))
 
 
 def name_map(found: Family, config: Mapping[str, Any]) -> gguf.TensorNameMap:
@@ -256,23 +274,26 @@ def _alone() -> Iterator[None]:
 
 
 def _chunks(
-    planned: _Planned,
-    weights: Weights,
-    found: Family,
-    config: Mapping[str, Any],
-    threads: ThreadPoolExecutor,
-) -> Iterable[Array]:
+    planned: Tensor, weights: Weights, config: Mapping[str, Any], threads: ThreadPoolExecutor
+) -> Iterator[Array]:
     """The bytes of a tensor in its GGUF type, some rows at a time."""
+    parts = parts_of(planned, weights, config)
+    return threads.map(lambda part: encode(part, planned.type, planned.name), parts)
+
+
+def parts_of(planned: Tensor, weights: Weights, config: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The weights of a tensor of the file, some rows at a time."""
     if planned.source is None:
         factors = architectures.rope_factors(config)
         assert factors is not None
-        return [factors]
+        yield torch.from_numpy(factors)
+        return
     tensor = weights.tensor(planned.source)
-    if architectures.interleaved(found, planned.source):
+    if architectures.interleaved(architectures.family(config), planned.source):
         tensor = architectures.interleave(tensor, architectures.head_size(config))
     rows = max(1, _CHUNK_NUMBERS // prod(tensor.shape[1:]))
-    parts = (tensor[first : first + rows] for first in range(0, len(tensor), rows))
-    return threads.map(lambda part: encode(part, planned.type, planned.name), parts)
+    for first in range(0, len(tensor), rows):
+        yield tensor[first : first + rows]
 
 
 def encode(rows: torch.Tensor, wanted: GGMLQuantizationType, name: str = "") -> Array:
@@ -284,10 +305,16 @@ def encode(rows: torch.Tensor, wanted: GGMLQuantizationType, name: str = "") -> 
         if not np.isfinite(scales).all():
             raise _no_number(rows, name)
         return blocks
-    cast = rows.to(_CASTS[wanted]).contiguous()
-    if not is_finite(cast):
+    if not is_finite(rows.to(CASTS[wanted])):
         raise _no_number(rows, name)
-    return cast.view(torch.uint8).numpy()
+    return row_bytes(rows, wanted)
+
+
+def row_bytes(rows: torch.Tensor, wanted: GGMLQuantizationType) -> Array:
+    """Weights in a type that is not quantized, as bytes: rows by bytes of a row."""
+    cast = rows.to(CASTS[wanted]).contiguous()
+    found: Array = cast.view(torch.uint8).reshape(len(rows), -1).numpy()
+    return found
 
 
 def _no_number(rows: torch.Tensor, name: str) -> UserError:

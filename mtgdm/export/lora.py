@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mtgdm.errors import UserError
+from mtgdm.student.base import adapter_config, training_settings
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
@@ -38,6 +38,8 @@ _REFUSED = {
 """Settings of PEFT under which the sum W + s·BA is not the whole truth."""
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """How A and B may begin; PiSSA, OLoRA, CorDA, LoftQ and their like change the base as well."""
+_SCALING = {"r": "lora_r", "lora_alpha": "lora_alpha", "use_rslora": "lora_rslora"}
+"""What the sum is scaled by, and the settings of `mtgdm train` it came from."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def _check_shape(
 def read(folder: Path) -> Lora:
     """The adapter of a folder; UserError where it is of a kind whose sum is not known here."""
     path = folder / "adapter_config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = adapter_config(str(folder))
+    _check_settings(config, folder, path)
     if problems := config_problems(config):
         raise UserError(
             f"an adapter with {' and '.join(problems)} cannot be merged piece by piece",
@@ -118,11 +121,23 @@ def read(folder: Path) -> Lora:
     return _sorted(config, tensors, path)
 
 
+def _check_settings(config: Mapping[str, Any], folder: Path, where: Path) -> None:
+    """UserError where the factors would be scaled otherwise than in the training: no weight would tell."""
+    trained = training_settings(str(folder))
+    for key, setting in _SCALING.items():
+        if setting in trained and config.get(key, False) != trained[setting]:
+            raise UserError(
+                f"`{key}` is {config.get(key)}, and the training had {trained[setting]}: training.json says so",
+                where=where,
+                hint="put the file of the training back",
+            )
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise UserError(f"`lora_alpha` is {config.get('lora_alpha')!r}, which is no number", where=where)
+
+
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """What an adapter's configuration asks for that the merge does not do."""
     problems = [what for key, what in _REFUSED.items() if config.get(key) not in _INNOCENT]
-    if config.get("peft_type") != "LORA":
-        problems.append(f"the method {config.get('peft_type')}")
     if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
         problems.append(f"the start {config['init_lora_weights']!r}, which changes the base too")
     return problems

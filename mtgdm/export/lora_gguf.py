@@ -11,7 +11,7 @@ import gguf
 import torch
 
 from mtgdm.errors import UserError
-from mtgdm.export import architectures, lora
+from mtgdm.export import architectures, disk, lora
 from mtgdm.export.gguf import Written, name_map
 from mtgdm.export.lora import Lora
 from mtgdm.export.weights import ignore
@@ -55,7 +55,8 @@ def convert_adapter(
             advance(4 * (pair.a.numel() + b.numel()))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        with disk.full_as_os_error(out):
+            writer.write_tensors_to_file()
         os.fsync(writer.fout[0].fileno())
         writer.close()
         writer.path.replace(out)

@@ -18,7 +18,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mtgdm.errors import UserError
-from mtgdm.export import lora
+from mtgdm.export import disk, lora
 from mtgdm.export.lora import Lora
 from mtgdm.export.weights import (
     SHARD_BYTES,
@@ -92,7 +92,8 @@ def merge(
     write_shards(merger.plan, merger.cast, out, advance=advance, shard_bytes=shard_bytes)
     _write_config(merger.config, out)
     _write_generation(merger.weights.folder, out, Chat(tokenizer, name).end_of_turn)
-    tokenizer.save_pretrained(out, save_jinja_files=False)
+    with disk.full_as_os_error(out / "tokenizer.json"):
+        tokenizer.save_pretrained(out, save_jinja_files=False)
     return Merged(str(merger.dtype).removeprefix("torch."), parameters, difference, agreement, unproved)
 
 

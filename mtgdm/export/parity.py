@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from mtgdm.export import engines, quantize
+from mtgdm.export import architectures, engines, quantize
 from mtgdm.export.engines import Array, Engine, EngineName, Trained
 from mtgdm.export.weights import Weights, ignore
 from mtgdm.rows import Row
@@ -28,8 +28,8 @@ GREEDY_TOKENS = 48
 """So many tokens of each answer are compared."""
 _MEMORY_SHARE = 0.9
 """Of the free memory, what the two models may take."""
-_POSITIONS_AT_ONCE = 256
-"""Positions whose probabilities are held at once: of 150,000 tokens each has 0.6 MB."""
+_BYTES_A_LOGIT = 80
+"""What both sides hold for each logit of the positions at hand, with what is computed of it in float64."""
 
 
 @dataclass(frozen=True)
@@ -170,15 +170,27 @@ def _not_provable(files: Sequence[Path], longest: int, config: Mapping[str, Any]
             "llama-cpp-python is not installed, and transformers reads GGUF files of this model wrongly: "
             f"{quantize.INSTALL}"
         )
-    weights = sum(stored.numbers for stored in Weights(merged).stored.values())
-    needed = 4 * weights + max(file.stat().st_size for file in files)
-    # The logits of the longest row, once on each side and once in llama.cpp's own table.
-    needed += 3 * 4 * longest * int(config["vocab_size"])
-    needed += 0 if quantize.is_installed() else 4 * weights
+    needed = memory_needed(files, longest, config, merged)
     free = psutil.virtual_memory().available
     if needed > _MEMORY_SHARE * free:
         return f"the trained model and the file take {needed / 2**30:,.0f} GiB, of which {free / 2**30:,.0f} are free"
     return None
+
+
+def memory_needed(files: Sequence[Path], longest: int, config: Mapping[str, Any], merged: Path) -> int:
+    """About how many bytes a proof takes at its most, on rows of at most so many tokens."""
+    weights = sum(stored.numbers for stored in Weights(merged).stored.values())
+    needed = 4 * weights + max(file.stat().st_size for file in files)
+    if not quantize.is_installed():
+        needed += 2 * 4 * weights  # while transformers reads a file it holds its weights twice
+    needed += 2 * _cache_bytes(config, longest + GREEDY_TOKENS)
+    return needed + _BYTES_A_LOGIT * engines.POSITIONS_AT_ONCE * int(config["vocab_size"])
+
+
+def _cache_bytes(config: Mapping[str, Any], positions: int) -> int:
+    """What the keys and values of so many positions take in float32."""
+    heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    return 2 * 4 * positions * int(config["num_hidden_layers"]) * heads * architectures.head_size(config)
 
 
 def compare(
@@ -198,7 +210,8 @@ def compare(
         theirs = written.tokens(text)
         tokenizes = theirs is not None
         same_tokens += theirs == ids
-        sums.add(trained.logits(ids), written.logits(ids))
+        for pair in zip(trained.logits(ids), written.logits(ids), strict=True):
+            sums.add(*pair)
         prompt = chat.prompt(row.prompt)
         same_answers += trained.greedy(prompt, GREEDY_TOKENS) == written.greedy(prompt, GREEDY_TOKENS)
         advance(1)
@@ -226,17 +239,14 @@ class _Sums:
     furthest: float = field(default=0.0)
 
     def add(self, model: Array, file: Array) -> None:
-        for first in range(0, len(model), _POSITIONS_AT_ONCE):
-            one, other = (
-                logits[first : first + _POSITIONS_AT_ONCE].astype(np.float64) for logits in (model, file)
-            )
-            p, q = _log_softmax(one), _log_softmax(other)
-            self.kl += float((np.exp(p) * (p - q)).sum())
-            self.agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
-            self.squares += float(one.var(-1).sum())
-            # A maximum that passes over what is no number would call it equal.
-            furthest = float(np.abs(one - other).max())
-            self.furthest = furthest if np.isnan(furthest) else max(self.furthest, furthest)
+        one, other = model.astype(np.float64), file.astype(np.float64)
+        p, q = _log_softmax(one), _log_softmax(other)
+        self.kl += float((np.exp(p) * (p - q)).sum())
+        self.agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
+        self.squares += float(one.var(-1).sum())
+        # A maximum that passes over what is no number would call it equal.
+        furthest = float(np.abs(one - other).max())
+        self.furthest = furthest if np.isnan(furthest) else max(self.furthest, furthest)
         self.positions += len(model)
 
 

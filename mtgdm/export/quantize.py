@@ -10,11 +10,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gguf import LlamaFileType
+
 from mtgdm.errors import UserError
+from mtgdm.export import disk
 
 INSTALL = 'pip install "mtgdm[llama]"'
 
-_FILE_TYPES = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}
+FILE_TYPES = {
+    "q4_k_m": LlamaFileType.MOSTLY_Q4_K_M,
+    "q5_k_m": LlamaFileType.MOSTLY_Q5_K_M,
+    "q6_k": LlamaFileType.MOSTLY_Q6_K,
+}
 _LOWEST_ERROR = 4
 """The level of an error in llama.cpp's log; what goes on behind it is 5."""
 
@@ -39,10 +46,12 @@ def quantize(source: Path, out: Path, quant: str) -> None:
     import llama_cpp
 
     options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{_FILE_TYPES[quant]}")
+    options.ftype = FILE_TYPES[quant].value
     options.nthread = 0  # as many as the machine has
     with log() as said:
         code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(options))
+    if code != 0 and disk.is_full(out):
+        raise disk.no_space(out)
     if code != 0:
         out.unlink(missing_ok=True)
         reason = said[-1] if said else f"code {code}"

@@ -142,6 +142,12 @@ class Trained:
         return self.parameters * number.itemsize
 
     @property
+    def tokenizer_bytes(self) -> int:
+        """How large the tokenizer is, of which a small student mostly consists."""
+        path = self.checkpoint / "tokenizer.json"
+        return path.stat().st_size if path.is_file() else 0
+
+    @property
     def is_on_hub(self) -> bool:
         """Whether the base of the training came from the Hub; of an earlier mtgdm, whether it lies in no folder."""
         state = self.training.get("base_state")

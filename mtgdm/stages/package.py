@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -192,8 +191,8 @@ def run(config: PackageConfig, context: Context) -> Result:
         order = _order(config, context, student, formats, target.name)
         about = _made_before(config, context, order, target)
         if about is None:
-            _check_room(config, student, formats, target)
-            about = build.build(order, student, context, target)
+            room = _check_room(config, student, formats, target)
+            about = build.build(order, student, context, target, room)
         if server is not None:
             _create_in_ollama(config, context, student, server, target)
         if config.push:
@@ -265,22 +264,21 @@ def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple
     return formats
 
 
-def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Format], target: Path) -> None:
-    """UserError where the disk is too small for the package and what is made on the way."""
-    from mtgdm.export import folder
+def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Format], target: Path) -> float:
+    """Bytes of the package and of what is made on the way; UserError where the disk is too small for them."""
+    from mtgdm.export import disk, folder
 
-    place = config.out
-    while not place.exists():
-        place = place.parent
     # What a killed run left is cleared away by this one.
-    free = shutil.disk_usage(place).free + folder.size_of(target.with_name(f".{target.name}.tmp"))
+    free = disk.free(config.out) + folder.size_of(target.with_name(f".{target.name}.tmp"))
     needed = _ROOM_TO_SPARE * sum(_room(config, student, formats).values())
     if needed > free:
         raise UserError(
-            f"the package takes about {needed / 1e9:,.1f} GB while it is made, and {free / 1e9:,.1f} GB are free",
+            f"the package takes about {folder.in_words(round(needed))} while it is made, and "
+            f"{folder.in_words(free)} are free",
             where=config.out,
             hint="make room, write elsewhere with --out, or make less: --formats gguf, one --quantize",
         )
+    return needed
 
 
 def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> dict[str, int]:
@@ -288,10 +286,12 @@ def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) ->
     from mtgdm.export import gguf, trained
 
     adapter = (student.checkpoint / trained.WEIGHTS).stat().st_size
-    found = {name: adapter for name in ("adapter", "gguf-adapter") if name in formats}
+    tokenizer = student.tokenizer_bytes
+    sizes_of = {"adapter": adapter + tokenizer, "gguf-adapter": adapter}
+    found: dict[str, int] = {name: size for name, size in sizes_of.items() if name in formats}
     if not {"merged", "gguf"} & set(formats):
         return found
-    merged = student.merged_bytes(config.dtype)
+    merged = student.merged_bytes(config.dtype) + tokenizer
     if "merged" in formats:
         found["merged"] = merged
     if "gguf" in formats:
@@ -299,7 +299,7 @@ def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) ->
             quant: gguf.gguf_bytes(student.parameters, quant) for quant in config.quantize
         }
         most = max(gguf.room_needed(student.parameters, quant) - size for quant, size in sizes.items())
-        found["gguf"] = sum(sizes.values())
+        found["gguf"] = sum(sizes.values()) + len(sizes) * tokenizer
         found["on_the_way"] = most + (0 if "merged" in formats else merged)
     return found
 

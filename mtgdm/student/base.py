@@ -154,6 +154,13 @@ def base_of(adapter: str) -> str:
     )
 
 
+def training_settings(adapter: str) -> dict[str, Any]:
+    """The settings that an adapter was trained with, as its training.json has them; empty where nothing tells."""
+    path = Path(adapter) / "training.json"
+    settings = _json_object(path).get("settings") if path.is_file() else None
+    return settings if isinstance(settings, dict) else {}
+
+
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
