@@ -717,6 +717,15 @@ def test_a_merge_that_differs_is_refused_and_the_old_package_stays(
     assert [path.name for path in student(workspace).parent.iterdir() if path.is_dir()] == ["base-student"]
 
 
+@pytest.mark.parametrize("formats", ["adapter", "merged", "gguf-adapter"])
+def test_an_adapter_whose_scale_was_edited_is_packaged_in_no_format(formats: str, workspace: Path) -> None:
+    path = workspace / "data/checkpoints/base-lora/adapter_config.json"
+    edited = json.loads(path.read_text(encoding="utf-8")) | {"lora_alpha": 320}
+    path.write_text(json.dumps(edited), encoding="utf-8")
+    with pytest.raises(UserError, match="`lora_alpha` is 320, and the training had 32"):
+        packaged(workspace, formats=formats)
+
+
 def test_what_cannot_be_packaged_is_one_line(workspace: Path) -> None:
     with pytest.raises(SettingError, match="names nothing to make"):
         packaged(workspace, formats="")

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from mtgdm import __version__, rows
 from mtgdm.errors import UserError
-from mtgdm.export import disk, folder, gguf, lora_gguf, merge, parity, readback
+from mtgdm.export import disk, folder, gguf, lora, lora_gguf, merge, parity, readback
 from mtgdm.export.card import ADAPTER, Card, File, proof_cells
 from mtgdm.export.lineage import lineage
 from mtgdm.export.merge import Dtype, Merged
@@ -20,7 +20,6 @@ from mtgdm.export.parity import Proof
 from mtgdm.export.trained import Trained
 from mtgdm.rows import Row
 from mtgdm.stage import Context
-from mtgdm.student.base import adapter_config
 
 PROOF_ROWS = 6
 """About so many rows a GGUF is compared on, as many of each prompt type."""
@@ -217,7 +216,7 @@ def _copy_adapter(student: Trained, folder_: Path) -> None:
     for name in _ADAPTER_FILES:
         if (student.checkpoint / name).is_file():
             shutil.copyfile(student.checkpoint / name, folder_ / name)
-    adapter = adapter_config(str(student.checkpoint))
+    adapter = lora.config_of(student.checkpoint)
     if student.revision is not None and adapter.get("revision") is None:
         adapter["revision"] = student.revision  # of the base: another one would be another model
     adapter["base_model_name_or_path"] = student.base_name

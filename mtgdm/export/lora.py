@@ -104,8 +104,7 @@ def _check_shape(
 def read(folder: Path) -> Lora:
     """The adapter of a folder; UserError where it is of a kind whose sum is not known here."""
     path = folder / "adapter_config.json"
-    config = adapter_config(str(folder))
-    _check_settings(config, folder, path)
+    config = config_of(folder)
     if problems := config_problems(config):
         raise UserError(
             f"an adapter with {' and '.join(problems)} cannot be merged piece by piece",
@@ -121,8 +120,12 @@ def read(folder: Path) -> Lora:
     return _sorted(config, tensors, path)
 
 
-def _check_settings(config: Mapping[str, Any], folder: Path, where: Path) -> None:
-    """UserError where the factors would be scaled otherwise than in the training: no weight would tell."""
+def config_of(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder; UserError where its factors would be scaled otherwise than in the training.
+
+    No weight would tell.
+    """
+    config, where = adapter_config(str(folder)), folder / "adapter_config.json"
     trained = training_settings(str(folder))
     for key, setting in _SCALING.items():
         if setting in trained and config.get(key, False) != trained[setting]:
@@ -133,6 +136,7 @@ def _check_settings(config: Mapping[str, Any], folder: Path, where: Path) -> Non
             )
     if not isinstance(config.get("lora_alpha"), int | float):
         raise UserError(f"`lora_alpha` is {config.get('lora_alpha')!r}, which is no number", where=where)
+    return config
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
