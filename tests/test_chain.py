@@ -26,7 +26,7 @@ prompts: {spots: spots.jsonl}
 train: {student_base: base, max_steps: 9, save_steps: 2, eval_steps: 3, logging_steps: 1, batch: 2, grad_accum: 1}
 eval: {max_new_tokens: 16}
 """
-TIMED = ("seconds", "latency_s", "tokens_per_s")
+TIMED = ("seconds", "latency_s", "tokens_per_s", "batch_rows")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 
 

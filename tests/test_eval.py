@@ -29,6 +29,7 @@ METRICS = {
     "prompt_tokens",
     "output_tokens",
     "latency_s",
+    "batch_rows",
     "tokens_per_s",
     "finish_reason",
     "char_f1",
@@ -785,7 +786,7 @@ def test_the_same_student_over_a_teacher_backend_says_and_scores_the_same(
     evaluated(workspace)
     folder = str(workspace / "data" / "checkpoints" / "base-lora")
     evaluated(workspace, backend="transformers", model=folder, out="data/served.jsonl")
-    texts = {"latency_s", "tokens_per_s"}
+    texts = {"latency_s", "tokens_per_s", "batch_rows"}
     for here, there in zip(outputs(workspace), read_rows(workspace / "data" / "served.jsonl"), strict=True):
         assert here["output"] == there["output"]
         assert {k: v for k, v in here["metrics"].items() if k not in texts} == {

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
+from mtgdm import manifest
 from mtgdm.errors import BadRow, UserError
 from mtgdm.reports.evaluation import read_evaluation
 from mtgdm.reports.evaluation_runtime import runtime_figure
 from mtgdm.reports.evaluation_summary import describe
-from mtgdm.reports.evaluation_words import contract_keys, failing, standing
+from mtgdm.reports.evaluation_words import cards, contract_keys, failing, headline, speed, standing
 from mtgdm.stages.eval_report import run as eval_report
 from mtgdm.testing import run as run_stage
 from tests.conftest import CommandLine, write_lines
+from tests.test_lineage import made, state
 from tests.test_reports import (
     eval_metrics_file,
     eval_rows,
@@ -211,3 +213,85 @@ def test_labels_of_percentiles_stand_at_two_heights_and_inside(tmp_path: Path) -
 def test_no_file_is_an_error_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no eval metrics"):
         run_stage(eval_report, tmp_path)
+
+
+# --- what a figure is worth ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_browser")
+def test_a_killed_evaluation_says_so_before_anything_else(tmp_path: Path) -> None:
+    rows = [row | {"of": 30} for row in eval_rows()]
+    eval_metrics_file(tmp_path, *rows[:12])
+    run = run_stage(eval_report, tmp_path)
+    data = report_json(run)
+    assert (data["complete"], data["planned_rows"], data["rows"]) == (False, 30, 12)
+    assert run.result.summary.startswith("not complete, 12 of 30 rows: ")
+    assert standing(data) == ("not complete", "warn")
+    assert any(line.startswith("· not complete: 12 of 30 rows") for line in run.printed)
+
+
+def test_rows_that_could_not_be_asked_make_an_evaluation_no_less_complete(tmp_path: Path) -> None:
+    rows = [row | {"of": 13} for row in eval_rows()[:12]]
+    whole = described(tmp_path, *rows, {"id": "x", "spot": "西湖", "refused": "too long"})
+    assert whole["complete"]
+
+
+def test_a_share_of_a_batch_is_not_called_a_latency(tmp_path: Path) -> None:
+    alone = described(tmp_path, *eval_rows())
+    assert [card[0] for card in cards(alone)][-2] == "latency, median"
+    rows = eval_rows()
+    for row in rows:
+        row["metrics"]["batch_rows"] = 8
+    shared = described(tmp_path, *rows)
+    assert cards(shared)[-2][0] == "seconds a row"
+    assert cards(shared)[-2][2] == "of batches of up to 8 rows"
+    assert "in batches of up to 8" in str(speed(shared))
+
+
+def test_a_student_that_is_only_worse_is_not_said_to_beat_anything(tmp_path: Path) -> None:
+    rows = eval_rows()
+    for row in rows:
+        row["metrics"], row["base_metrics"] = row["base_metrics"], row["metrics"]
+    assert headline(described(tmp_path, *rows)).startswith("student is worse than its base on ")
+
+
+def test_a_leak_stands_in_the_headline(tmp_path: Path) -> None:
+    data = described(tmp_path, *eval_rows()) | {"leaked_rows": 3}
+    assert headline(data).startswith(f"trained on spots of 3 of {data['rows']} rows: student")
+
+
+@pytest.mark.usefixtures("no_browser")
+def test_a_leak_of_another_evaluation_is_not_this_ones(tmp_path: Path) -> None:
+    rows = eval_rows()
+    eval_metrics_file(tmp_path, *rows)
+    other = [
+        {
+            "id": str(place),
+            "messages": [{"role": "user", "content": str(place)}],
+            "reference": "",
+            "output": "",
+            "metrics": {},
+            "meta": {},
+        }
+        for place in range(len(rows))
+    ]
+    write_lines(tmp_path / "data" / "eval_outputs.jsonl", *other)
+    one = made(tmp_path, "eval", state("data/eval_outputs.jsonl", "d"))
+    counts = {"rows": len(rows), "leaked": len(rows)}
+    manifest.write(one.model_copy(update={"counts": counts}), tmp_path / one.output.path)
+    assert report_json(run_stage(eval_report, tmp_path))["leaked_rows"] == 0
+
+
+def test_several_evaluations_in_one_file_are_told(tmp_path: Path) -> None:
+    rows = [row | {"model": "A"} for row in eval_rows()]
+    again = [row | {"model": "B"} for row in rows[:2]]
+    (note,) = described(tmp_path, *rows, *again)["notes"]
+    assert note.endswith(f"as the last: B (2 rows), A ({len(rows) - 2} rows)")
+
+
+def test_a_base_that_was_asked_some_rows_is_told(tmp_path: Path) -> None:
+    rows = eval_rows()
+    for row in rows[:2]:
+        row["base_metrics"] = None
+    (note,) = described(tmp_path, *rows)["notes"]
+    assert note.startswith(f"the base was asked {len(rows) - 2} rows of {len(rows)}")

@@ -238,7 +238,12 @@ class Local(Student):
 
 def _reply(answer: Answer) -> Reply:
     return Reply(
-        answer.text, answer.finish_reason, answer.prompt_tokens, answer.output_tokens, answer.latency_s
+        answer.text,
+        answer.finish_reason,
+        answer.prompt_tokens,
+        answer.output_tokens,
+        answer.latency_s,
+        answer.batch_rows,
     )
 
 

@@ -156,7 +156,7 @@ class Evaluation:
         with self.metrics_path.open("wb") as metrics_file, Journal(self._out) as journal:
 
             def keep(row: dict[str, Any]) -> None:
-                metrics_file.write(rows.encode(metrics_line(row)))
+                metrics_file.write(rows.encode(metrics_line(row, len(self._wanted))))
                 metrics_file.flush()
                 self._found[row["id"]] = row
                 self._means.add(row["metrics"])
@@ -186,7 +186,7 @@ class Evaluation:
         with rows.replace(self._out) as file:
             file.writelines(rows.encode(now.get(row["id"], row)) for row in there)
         with rows.replace(self.metrics_path) as file:
-            file.writelines(rows.encode(metrics_line(row)) for row in found.rows)
+            file.writelines(rows.encode(metrics_line(row, len(self._wanted))) for row in found.rows)
             file.writelines(self._refused_lines())
 
     def _refused_lines(self) -> Iterator[bytes]:
@@ -277,7 +277,7 @@ class Evaluation:
 
     def _log(self, asked: int, row: dict[str, Any]) -> None:
         if asked % self._log_every == 0:
-            line = json.dumps(metrics_line(row), ensure_ascii=False)
+            line = json.dumps(metrics_line(row, len(self._wanted)), ensure_ascii=False)
             self._context.log.info("row %d %s %s", asked, row["id"], line)
 
     # --- what is there already ---
@@ -372,12 +372,13 @@ class Evaluation:
             self._context.print(f"asked again: {counted(again, 'row')}, under another limit of tokens")
 
 
-def metrics_line(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the metrics file: what it is about, and its metrics without its texts."""
+def metrics_line(row: Mapping[str, Any], of: int) -> dict[str, Any]:
+    """A row of the metrics file: what it is about, of how many rows, and its metrics without its texts."""
     evaluated = row["meta"]["eval"]
     line = {
         **_about_row(row["id"], row["meta"]),
         "model": evaluated["model"],
+        "of": of,
         "metrics": row["metrics"],
         "base_metrics": row.get("base_metrics"),
         "reference_metrics": row.get("reference_metrics"),

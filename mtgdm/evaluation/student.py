@@ -29,6 +29,8 @@ class Reply:
     prompt_tokens: int | None
     output_tokens: int | None
     latency_s: float
+    batch_rows: int | None = None
+    """How many rows were generated at once, whose time `latency_s` is a share of; None for a question of its own."""
 
     @property
     def runtime(self) -> dict[str, Any]:
@@ -40,10 +42,11 @@ class Reply:
             "latency_s": round(seconds, 6),
             "tokens_per_s": round(tokens / seconds, 3) if tokens is not None and seconds else None,
             "finish_reason": self.finish_reason,
+            "batch_rows": self.batch_rows,
         }
 
 
-RUNTIME = ("prompt_tokens", "output_tokens", "latency_s", "tokens_per_s", "finish_reason")
+RUNTIME = ("prompt_tokens", "output_tokens", "latency_s", "tokens_per_s", "finish_reason", "batch_rows")
 """The keys of `Reply.runtime`."""
 Keep = Callable[["Row", Reply], None]
 """Called with each row that was answered, in any order."""

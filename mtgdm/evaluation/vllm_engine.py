@@ -104,6 +104,7 @@ class Vllm(Student):
                         len(self._prompts[row.id]),
                         len(answer.token_ids),
                         seconds,
+                        len(batch),
                     ),
                 )
 

@@ -115,7 +115,20 @@ class Evaluation:
     """Rows that could not be asked."""
     models: list[str] = field(default_factory=list)
     """Who was evaluated: one, where nobody put files together."""
+    planned: int | None = None
+    """How many rows were to be asked; None in files of earlier versions."""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row was asked that was to be."""
+        return self.planned is None or len(self.rows) + self.refused >= self.planned
+
+    @property
+    def batch_rows(self) -> int | None:
+        """The largest batch that answers came in, whose time its rows share; None where each has its own."""
+        sizes = [int(size) for row in self.rows if isinstance(size := row.student.get("batch_rows"), int)]
+        return most if (most := max(sizes, default=1)) > 1 else None
 
     @property
     def spots(self) -> int:
@@ -145,7 +158,7 @@ def read_evaluation(path: Path) -> Evaluation:
     evaluation = Evaluation(path)
     rows: dict[str, EvalRow] = {}
     refused: set[str] = set()
-    models: dict[str, None] = {}
+    models: dict[str, str] = {}
     unreadable: list[int] = []
     not_finite: Counter[str] = Counter()
     line = 0
@@ -157,13 +170,33 @@ def read_evaluation(path: Path) -> Evaluation:
             not_finite.update(_not_finite(value))
             rows[row.id] = row
             if model := _text(value.get("model")):
-                models[model] = None
+                models[row.id] = model
+            if isinstance(of := value.get("of"), int):
+                evaluation.planned = of
         elif isinstance(value, dict) and "refused" in value:
             refused.add(str(value.get("id")))
-    evaluation.rows, evaluation.models = list(rows.values()), list(models)
+    evaluation.rows, evaluation.models = list(rows.values()), list(dict.fromkeys(models.values()))
     evaluation.refused = len(refused - rows.keys())
     if not rows:
         raise _no_row(path, line, len(unreadable), len(refused))
+    if not evaluation.complete:
+        evaluation.notes.append(
+            f"not complete: {len(rows):,} of {evaluation.planned:,} rows. A student in this process is asked the "
+            "longest prompts first, so these are no fair sample: run the evaluation to its end"
+        )
+    if len(evaluation.models) > 1:
+        each = ", ".join(
+            f"{name} ({counted(count, 'row')})" for name, count in Counter(models.values()).items()
+        )
+        evaluation.notes.append(
+            f"several evaluations stand in this file, a row that stands twice as the last: {each}"
+        )
+    compared = sum(row.base is not None for row in evaluation.rows)
+    if 0 < compared < len(rows):
+        evaluation.notes.append(
+            f"the base was asked {counted(compared, 'row')} of {len(rows):,}: its means are over these, "
+            "differences over the pairs"
+        )
     evaluation.notes += _unreadable(unreadable, line)
     evaluation.notes += [
         f"{name} is no finite number in {counted(count, 'row')}: left out of its mean"

@@ -26,15 +26,18 @@ QUESTIONS = {
 
 
 def evaluation_report(
-    evaluation: Evaluation, *, source: str, outputs: Path, workspace: Path, leaked: int, when: str
+    evaluation: Evaluation, *, source: str, outputs: Path, workspace: Path, leaked_there: int, when: str
 ) -> Report:
     """The report of one evaluation.
 
     Texts of rows, the name of the model and what it was made from come from `outputs` where it holds the
-    same rows. `leaked` is how many rows are about spots the student was trained on.
+    same rows; so does `leaked_there`, how many rows there are about spots the student was trained on, where the
+    metrics themselves do not tell.
     """
     rows = rows_of_page(evaluation, outputs)
-    made = trace(outputs, workspace) if rows.texts == len(evaluation.rows) else []
+    same = rows.texts == len(evaluation.rows)
+    made = trace(outputs, workspace) if same else []
+    leaked = evaluation.leaked or (leaked_there if same else 0)
     _add_notes(evaluation, rows, leaked, workspace)
     figures = describe(evaluation)
     data = {

@@ -46,12 +46,14 @@ def runtime_figure(evaluation: Evaluation, *, narrow: bool = False) -> Figure:
     chart = figure("Speed of generation", subtitle_of(evaluation), 1240 if narrow else 1040)
     bands = stacked([1.15] * (2 if narrow else 1) + [1, 1, 1], 0.075 if narrow else 0.085)
     halves = [(0.0, 1.0)] * 2 if narrow else beside([1, 1], 0.075)
-    _spread_panel(chart, 1, "Latency, seconds a row", evaluation, "latency_s", halves[0], bands[0])
+    shared = evaluation.batch_rows is not None
+    title = "Seconds a row, its share of a batch" if shared else "Latency, seconds a row"
+    _spread_panel(chart, 1, title, evaluation, "latency_s", halves[0], bands[0])
     _spread_panel(chart, 2, "Tokens a second", evaluation, "tokens_per_s", halves[1], bands[-4])
     _course_panel(
         chart,
         3,
-        "Latency over the run, seconds",
+        "Seconds a row over the run" if shared else "Latency over the run, seconds",
         evaluation,
         "latency_s",
         bands[-3],

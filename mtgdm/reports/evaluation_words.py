@@ -37,7 +37,20 @@ SIGNS_MEAN = "The student's means, the base's before the arrow. Told apart from 
 
 
 def headline(data: Mapping[str, Any]) -> str:
-    """The evaluation in one line."""
+    """The evaluation in one line, what takes its worth away first."""
+    return f"{_but(data)}{_outcome(data)}"
+
+
+def _but(data: Mapping[str, Any]) -> str:
+    parts = []
+    if not data["complete"]:
+        parts.append(f"not complete, {data['rows']:,} of {data['planned_rows']:,} rows")
+    if data["leaked_rows"]:
+        parts.append(f"trained on spots of {data['leaked_rows']:,} of {counted(data['rows'], 'row')}")
+    return f"{' and '.join(parts)}: " if parts else ""
+
+
+def _outcome(data: Mapping[str, Any]) -> str:
     of = counted(data["rows"], "row") + (f", {counted(data['spots'], 'spot')}" if data["spots"] else "")
     now, before = (_figure(data, who, "char_f1") for who in ("student", "base"))
     difference = data["difference"]
@@ -47,6 +60,8 @@ def headline(data: Mapping[str, Any]) -> str:
     better, worse = len(data["verdict"]["better"]), len(data["verdict"]["worse"])
     if not better and not worse:
         return f"too few rows to tell the student from its base ({of}){gain}"
+    if not better:
+        return f"student is worse than its base on {worse} of {len(difference)} metrics ({of}){gain}"
     lost = f", is worse on {worse}" if worse else ""
     return f"student beats its base on {better} of {len(difference)} metrics{lost} ({of}){gain}"
 
@@ -56,6 +71,8 @@ def standing(data: Mapping[str, Any]) -> tuple[str, str]:
     better, worse = data["verdict"]["better"], data["verdict"]["worse"]
     if data["leaked_rows"]:
         return "tells little: the student was trained on spots of these rows", "bad"
+    if not data["complete"]:
+        return "not complete", "warn"
     if not data["difference"]:
         return "no base to compare with", "info"
     if better and worse:
@@ -152,7 +169,8 @@ def speed(data: Mapping[str, Any]) -> str | None:
     parts = []
     if "latency_s" in student:
         latency = student["latency_s"]
-        parts.append(f"{brief(latency['p50'])} s a row (p95 {brief(latency['p95'])})")
+        shares = f", in batches of up to {data['batch_rows']}" if data["batch_rows"] else ""
+        parts.append(f"{brief(latency['p50'])} s a row (p95 {brief(latency['p95'])}{shares})")
     if "tokens_per_s" in student:
         parts.append(f"{brief(student['tokens_per_s']['mean'])} tokens a second")
     if "output_tokens" in student:
@@ -186,13 +204,11 @@ def cards(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             )
     if "latency_s" in student:
         latency = student["latency_s"]
-        figures.append(
-            (
-                "latency, median",
-                f"{brief(latency['p50'])} s",
-                f"95 % of rows within {brief(latency['p95'])} s",
-            )
+        size = data["batch_rows"]
+        under = (
+            f"of batches of up to {size} rows" if size else f"95 % of rows within {brief(latency['p95'])} s"
         )
+        figures.append(("seconds a row" if size else "latency, median", f"{brief(latency['p50'])} s", under))
     if "tokens_per_s" in student:
         pace = student["tokens_per_s"]
         figures.append(("tokens a second", brief(pace["mean"]), f"median {brief(pace['p50'])}"))
@@ -248,8 +264,8 @@ def provinces_lead(data: Mapping[str, Any]) -> str:
 def title(data: Mapping[str, Any]) -> str:
     """The headline without its figures."""
     if not data["difference"]:
-        return "Student evaluated on its own"
-    return sentence(headline(data).split(" (")[0])
+        return sentence(f"{_but(data)}student evaluated on its own")
+    return sentence(_but(data) + _outcome(data).split(" (")[0])
 
 
 def present(data: Mapping[str, Any]) -> list[Metric]:

@@ -159,6 +159,13 @@ class EvalReport(Comparison):
     """Rows about spots that the student was trained on."""
     refused_rows: int
     """Rows that could not be asked; they stand in no figure."""
+    planned_rows: int | None = None
+    """How many rows were to be asked; null where the metrics do not say."""
+    complete: bool = True
+    """Whether all of them were."""
+    batch_rows: int | None = None
+    """Answers came in batches of at most so many rows, and `latency_s` is a row's share of the time of its batch; null
+    where each row has a time of its own."""
     by_type: dict[str, Comparison]
     by_province: dict[str, Comparison]
     judge: Judge | None

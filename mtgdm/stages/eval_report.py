@@ -51,7 +51,8 @@ def run(config: EvalReportConfig, context: Context) -> Result:
         raise SettingError("--no-latest needs an evaluation to report on", hint="name one with --metrics")
     metrics, empty = (config.metrics, []) if config.metrics is not None else config.newest()
     if not metrics.is_file():
-        raise UserError("there are no eval metrics", where=metrics, hint="run `mtgdm eval` first")
+        hint = "run `mtgdm eval` first" if config.metrics is None else "name a log/eval-*.metrics.jsonl file"
+        raise UserError("there are no eval metrics", where=metrics, hint=hint)
     evaluation = read_evaluation(metrics)
     evaluation.notes += [f"{path.name} is newer and holds no row: {metrics.name} was taken" for path in empty]
     report = evaluation_report(
@@ -59,7 +60,7 @@ def run(config: EvalReportConfig, context: Context) -> Result:
         source=manifest.relative(metrics, context.workspace),
         outputs=config.eval_outputs,
         workspace=context.workspace,
-        leaked=evaluation.leaked or _leaked(config.eval_outputs, len(evaluation.rows)),
+        leaked_there=_leaked(config.eval_outputs, len(evaluation.rows)),
         when=context.started.strftime("%Y-%m-%d %H:%M:%S"),
     )
     files = publish(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -45,6 +45,8 @@ class Answer:
     prompt_tokens: int
     output_tokens: int
     latency_s: float
+    batch_rows: int = 1
+    """How many rows were generated at once."""
 
 
 def answers(
@@ -136,7 +138,8 @@ def _batch(
     rows = written[:, ids.shape[1] :].tolist()
     seconds = (time.perf_counter() - started) / len(prompts)
     return [
-        answer_of(chat, row, ends, len(prompt), seconds) for row, prompt in zip(rows, prompts, strict=True)
+        replace(answer_of(chat, row, ends, len(prompt), seconds), batch_rows=len(prompts))
+        for row, prompt in zip(rows, prompts, strict=True)
     ]
 
 
