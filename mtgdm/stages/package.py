@@ -16,7 +16,6 @@ from pydantic import Field, PrivateAttr, field_validator
 from mtgdm import __version__, manifest, rows
 from mtgdm.checkpoints import chosen_checkpoint, model_state, newest_checkpoint
 from mtgdm.errors import SettingError, UserError
-from mtgdm.evaluation.training import Training
 from mtgdm.stage import Context, Flag, Input, Result, Runtime, StageConfig, stage
 
 if TYPE_CHECKING:
@@ -174,6 +173,7 @@ def run(config: PackageConfig, context: Context) -> Result:
     from mtgdm.student.noise import quiet
 
     with quiet(), ExitStack() as held:
+        from mtgdm.evaluation.training import Training
         from mtgdm.export import build, trained
 
         training = trained.read_training(checkpoint)

@@ -13,12 +13,11 @@ from pydantic import Field
 from mtgdm.errors import UserError
 from mtgdm.plugins import named
 from mtgdm.stage import Context, Input, Output, Result, Runtime, stage
-from mtgdm.teachers.judgement import Judge, facts_json
-from mtgdm.teachers.ledger import FactSums, Ledger, Prompts, Settled, count_lines, rejected_path, rejected_row
 from mtgdm.teachers.seam import GROUP, TeacherSettings
-from mtgdm.teachers.tokens import context_size, prompt_at_most
 
 if TYPE_CHECKING:
+    from mtgdm.teachers.judgement import Judge
+    from mtgdm.teachers.ledger import FactSums, Ledger, Prompts, Settled
     from mtgdm.teachers.loop import Outcome
     from mtgdm.teachers.probe import Work
     from mtgdm.teachers.seam import Backend
@@ -53,11 +52,15 @@ class TeacherConfig(TeacherSettings):
 
     def outputs(self) -> list[Path]:
         """The kept rows, and the rejected ones where there are any."""
+        from mtgdm.teachers.ledger import rejected_path
+
         rejected = rejected_path(self.out)
         return [self.out, rejected] if rejected.exists() else [self.out]
 
     def finished(self) -> tuple[int, int] | None:
         """Rows done of rows, by counting lines."""
+        from mtgdm.teachers.ledger import count_lines, rejected_path
+
         total = count_lines(self.in_)
         if self.limit:
             total = min(total, self.limit)
@@ -83,11 +86,14 @@ class TeacherConfig(TeacherSettings):
 
     def judge(self, context: Context) -> Judge:
         """What decides over each answer."""
+        from mtgdm.teachers.judgement import Judge
+
         return Judge(
             context.domain, min_fact_recall=self.min_fact_recall, max_unsupported=self.max_unsupported
         )
 
     def _work(self) -> Work | None:
+        from mtgdm.teachers.ledger import count_lines
         from mtgdm.teachers.probe import Work
 
         if not count_lines(self.in_):
@@ -113,6 +119,9 @@ def run(config: TeacherConfig, context: Context) -> Result:
             where=config.in_,
             hint="make it with `mtgdm prompts`, or name yours with --in",
         )
+    from mtgdm.teachers.ledger import Ledger, Prompts
+    from mtgdm.teachers.tokens import context_size, prompt_at_most
+
     prompts = Prompts.scan(config.in_, config.limit, prompt_at_most)
     settings: TeacherSettings = config
     if not config.num_ctx:
@@ -210,6 +219,8 @@ def _ask(
 
 
 def _kept(outcome: Outcome, backend: Backend) -> dict[str, Any]:
+    from mtgdm.teachers.judgement import facts_json
+
     row, completion = outcome.row, outcome.completion
     assert completion is not None
     # The fingerprint stands first: a resume finds it without parsing the row.
@@ -234,6 +245,8 @@ def _kept(outcome: Outcome, backend: Backend) -> dict[str, Any]:
 
 
 def _rejected(outcome: Outcome, backend: Backend) -> dict[str, Any]:
+    from mtgdm.teachers.ledger import rejected_row
+
     completion = outcome.completion
     return rejected_row(
         outcome.row,
