@@ -101,7 +101,13 @@ ROWS = [
 def prove(student: Student, files: Sequence[Path]) -> list[parity.Proof]:
     with quiet():
         return parity.prove_all(
-            files, student.checkpoint, ROWS, name="base", workspace=student.base, merged=student.merged
+            files,
+            student.checkpoint,
+            ROWS,
+            name="base",
+            base=str(student.base),
+            workspace=student.base.parent,
+            merged=student.merged,
         )
 
 

@@ -67,7 +67,9 @@ def proved(
         file = convert(
             folder / "merged", folder / "x.gguf", quant, name="guide", template=tokenizer.chat_template
         ).path
-        return parity.prove(file, asked, rows, name="base", workspace=folder, merged=folder / "merged")
+        return parity.prove_all([file], asked, rows, name="base", workspace=folder, merged=folder / "merged")[
+            0
+        ]
 
 
 def test_transformers_proves_a_file_of_qwen2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,23 +114,6 @@ class Proof:
         )
 
 
-def prove(
-    file: Path,
-    checkpoint: Path,
-    rows: Sequence[Row],
-    *,
-    name: str,
-    base: str | None = None,
-    workspace: Path,
-    merged: Path,
-    advance: Callable[[int], None] = ignore,
-) -> Proof:
-    """Compare one GGUF with the trained model of a checkpoint; see `prove_all`."""
-    return prove_all(
-        [file], checkpoint, rows, name=name, workspace=workspace, merged=merged, advance=advance
-    )[0]
-
-
 def prove_all(
     files: Sequence[Path],
     checkpoint: Path,
