@@ -30,7 +30,7 @@ from mtgdm.charts.style import (
     panel,
     stacked,
 )
-from mtgdm.reports.training_health import ends
+from mtgdm.reports.training_measures import ends
 from mtgdm.reports.training_run import TrainingRun, known
 from mtgdm.terminal import counted
 

@@ -94,7 +94,7 @@ def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
                 figures.append((f"{name} eval loss", shown(point["loss"], 3), under))
     figures += [
         ("steps", f"{data['steps']['last']:,}", _planned(data)),
-        ("time", clock(data["seconds"]), _speed(data["tokens_per_s"]["p50"])),
+        ("time", clock(data["seconds"]), _speed(data["tokens_per_s"]["overall"])),
         ("seconds a step", brief(data["step_seconds"]["p50"]), _drift(data)),
         ("gradient norm", brief(data["gradient_norm"]["p50"]), _gradient_note(data["gradient_norm"])),
         ("learning rate", brief(data["learning_rate"]["max"]), _schedule(data["learning_rate"])),
