@@ -8,7 +8,7 @@ from typing import Any
 
 from mtgdm.reports import training_measures as measures
 from mtgdm.reports.training_measures import SPIKE
-from mtgdm.reports.training_run import TrainingRun, known, number
+from mtgdm.reports.training_run import TrainingRun, number
 from mtgdm.reports.values import brief, share
 from mtgdm.terminal import counted
 
@@ -24,7 +24,7 @@ CLIMB = 0.05
 """Train loss that rose by more than this (relative), and beyond its noise, has diverged."""
 BEYOND_NOISE = 2.0
 """So many standard errors of the difference of two means are more than the noise of their points."""
-LOST = 3
+LOST = 2
 """So many logged steps to the end of a run without a finite gradient norm: it learns no more."""
 DRIFT = 0.25
 """Steps that take this much longer (relative) at the end than at the start are worth a look."""
@@ -101,7 +101,7 @@ def _learning(run: TrainingRun) -> Verdict:
             return "diverged", [*reasons, "the train loss rose: lower --lr"]
         if len(losses) < ENOUGH:
             return "too little data", [*reasons, "so few points scatter as much as that: no trend to judge"]
-    if len(losses) >= ENOUGH and last > first * (1 - LEARNT) and fell < LEARNT:
+    if len(losses) >= ENOUGH and last >= first * (1 - LEARNT) and fell < LEARNT:
         return "under-fitting", [
             *reasons,
             f"next to nothing was learnt: a higher --lr, a higher --lora-r or {_longer(run)} may help",
@@ -131,13 +131,10 @@ def _lost_gradients(run: TrainingRun) -> int | None:
     None where they are all well, or only a few were not: in float16 the scale of the loss is found that way.
     """
     bad = set(run.bad_norms)
-    logged = [
-        step
-        for step, norm in zip(run.train["step"], run.train["grad_norm"], strict=True)
-        if math.isfinite(norm) or step in bad
-    ]
-    tail = list(takewhile(bad.__contains__, reversed(logged)))
-    return int(tail[-1]) if len(tail) >= min(LOST, max(2, len(logged))) else None
+    backwards = zip(reversed(run.train["step"]), reversed(run.train["grad_norm"]), strict=True)
+    logged = (step for step, norm in backwards if math.isfinite(norm) or step in bad)
+    tail = list(takewhile(bad.__contains__, logged))
+    return int(tail[-1]) if len(tail) >= LOST else None
 
 
 def _eval_fell(run: TrainingRun) -> float:
@@ -214,7 +211,7 @@ def _gradient_reasons(run: TrainingRun) -> list[str]:
             f"gradient norm spiked {counted(figures['spikes'], 'time')} over {SPIKE:g} times its median, "
             f"most at step {figures['max_step']:,} ({figures['max']:.2f})"
         )
-    if figures["not_finite"]:
+    if figures["not_finite"] and _lost_gradients(run) is None:
         reasons.append(
             f"the gradient norm was not a finite number at {counted(figures['not_finite'], 'logged step')}, "
             f"first at step {run.bad_norms[0]:,.0f}"

@@ -117,8 +117,7 @@ def peak_memory(run: TrainingRun) -> float:
 
 def _times(run: TrainingRun) -> list[float]:
     """The seconds behind each point, which tells the mean of the steps since the one before it."""
-    steps = run.train["step"]
-    since = (step - before for before, step in zip((0.0, *steps[:-1]), steps, strict=True))
+    since = (max(0.0, step - before) for before, step in pairwise((0.0, *run.train["step"])))
     return [mean * count for mean, count in zip(run.train["step_seconds"], since, strict=True)]
 
 

@@ -271,7 +271,7 @@ def _schedule(rate: Mapping[str, Any]) -> str:
 
 def _gradient_note(gradients: Mapping[str, Any]) -> str:
     if gradients["max_step"] is None:
-        return "not logged"
+        return "no finite number" if gradients["not_finite"] else "not logged"
     spikes = gradients["spikes"]
     tail = f", {spikes:,} spike{'' if spikes == 1 else 's'}" if spikes else ""
     return f"most {brief(gradients['max'])} at step {gradients['max_step']:,}{tail}"

@@ -217,12 +217,8 @@ class StudentTrainer(Trainer):
             total = self.accelerator.reduce(total, "sum")
         loss_mean = float(total[0] / total[1])
         if not math.isfinite(loss_mean):
-            raise UserError(
-                f"the loss on val became {loss_mean} at step {self.state.global_step}",
-                hint="lower --lr; the checkpoints before it are kept"
-                if self.state.global_step
-                else "lower --lr",
-            )
+            step = self.state.global_step
+            raise UserError(f"the loss on val became {loss_mean} at step {step}", hint="lower --lr")
         metrics = {"eval_loss": loss_mean, "eval_runtime": time.monotonic() - started}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
