@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
 from statistics import fmean, median
 from typing import Any
 
@@ -94,31 +94,33 @@ def seconds(run: TrainingRun) -> float:
     """How long the run took; of one without an end the time of its steps alone."""
     if run.end is not None or not known(run.train["step_seconds"]):
         return number((run.end or {}).get("seconds"))
-    return math.fsum(known(_times(run)))
+    return math.fsum(filter(math.isfinite, _times(run)))
 
 
 def speed(run: TrainingRun) -> dict[str, Any]:
     """Tokens a second: over the points logged, and `overall`, all tokens by the time of all steps."""
     rates = run.train["tokens_per_s"]
-    timed = [
-        (rate * time, time)
-        for rate, time in zip(rates, _times(run), strict=True)
-        if math.isfinite(rate) and math.isfinite(time)
-    ]
-    tokens, time = (math.fsum(column) for column in zip(*timed, strict=True)) if timed else (0.0, 0.0)
+    time = math.fsum(
+        time for rate, time in zip(rates, _times(run), strict=True) if math.isfinite(rate * time)
+    )
+    tokens = math.fsum(
+        filter(math.isfinite, (rate * time for rate, time in zip(rates, _times(run), strict=True)))
+    )
     return {**spread(known(rates)), "overall": tokens / time if time > 0 else math.nan}
 
 
 def peak_memory(run: TrainingRun) -> float:
     """The most memory in MiB that a point or the end of the run tells of."""
-    ended = number((run.end or {}).get("peak_memory_mib"))
-    return max(known([*run.train["peak_memory_mib"], ended]), default=math.nan)
+    logged = max(known(run.train["peak_memory_mib"]), default=math.nan)
+    return max(known([logged, number((run.end or {}).get("peak_memory_mib"))]), default=math.nan)
 
 
-def _times(run: TrainingRun) -> list[float]:
+def _times(run: TrainingRun) -> Iterator[float]:
     """The seconds behind each point, which tells the mean of the steps since the one before it."""
-    since = (max(0.0, step - before) for before, step in pairwise((0.0, *run.train["step"])))
-    return [mean * count for mean, count in zip(run.train["step_seconds"], since, strict=True)]
+    steps = pairwise(chain((0.0,), run.train["step"]))
+    for mean, (before, step) in zip(run.train["step_seconds"], steps, strict=True):
+        # A run that went on from an older checkpoint takes steps anew; how many is not told.
+        yield mean * max(0.0, step - before)
 
 
 def spread(finite: list[float]) -> dict[str, Any]:
