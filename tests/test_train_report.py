@@ -20,6 +20,7 @@ from mtgdm.reports.trainer_state import newest_state
 from mtgdm.reports.training_comparison import comparison_figure, differing, run_names
 from mtgdm.reports.training_figures import loss_figure, optimizer_figure
 from mtgdm.reports.training_health import describe, judge
+from mtgdm.reports.training_report import key_figures
 from mtgdm.reports.training_run import TrainingRun, has_steps, read_run
 from mtgdm.stages.report import run as train_report
 from mtgdm.testing import run as run_stage
@@ -260,6 +261,8 @@ def test_the_zero_that_transformers_writes_for_a_lost_loss_is_no_loss(tmp_path: 
     assert "the train loss is not a finite number at 4 steps, first at step 15" in reasons
     assert "the eval loss is not a finite number at 1 evaluation, first at step 30" in reasons
     assert describe(run)["loss"]["min"] == 1.5
+    cards = key_figures(describe(run))
+    assert ("final eval loss", "–", "no finite number at step 30") in cards
     strict_figure(loss_figure(run))
 
 

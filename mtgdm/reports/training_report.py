@@ -90,8 +90,11 @@ def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         for name in ("best", "final"):
             point = evaluation[name]
             if point:
-                under = f"perplexity {brief(point['perplexity'])} at step {point['step']:,}"
-                figures.append((f"{name} eval loss", shown(point["loss"], 3), under))
+                known = math.isfinite(point["loss"])
+                what = f"perplexity {brief(point['perplexity'])}" if known else "no finite number"
+                figures.append(
+                    (f"{name} eval loss", shown(point["loss"], 3), f"{what} at step {point['step']:,}")
+                )
     figures += [
         ("steps", f"{data['steps']['last']:,}", _planned(data)),
         ("time", clock(data["seconds"]), _speed(data["tokens_per_s"]["overall"])),
