@@ -153,7 +153,10 @@ def test_eval_loss_that_rises_is_over_fitting(tmp_path: Path) -> None:
     events[-1]["best_step"] = 30
     word, why = verdict(tmp_path, *events)
     assert word == "over-fitting"
-    assert "rose for 3 evaluations after step 30, from 1.000 to 1.500 at step 60: " in why
+    assert (
+        "has stood above its lowest (1.000 at step 30) for 3 evaluations and ends at 1.500 at step 60: "
+        in why
+    )
     assert "use that checkpoint, it is the one kept" in why
 
 

@@ -520,6 +520,37 @@ def test_a_loss_that_is_no_number_stops_the_run(workspace: Path) -> None:
     assert "became" in str(error) and "lower --lr" in str(error.hint)
 
 
+def test_a_loss_on_val_that_is_no_number_stops_the_run_and_leaves_the_checkpoint_before(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtgdm.student.trainer import StudentTrainer
+
+    real = StudentTrainer.summed_loss
+
+    def lost(self: StudentTrainer, model: Any, inputs: dict[str, Any]) -> Any:
+        loss, trained = real(self, model, inputs)
+        return (loss if model.training or self.state.global_step < 6 else loss * math.nan), trained
+
+    monkeypatch.setattr(StudentTrainer, "summed_loss", lost)
+    error = refused(workspace)
+    assert "the loss on val became nan at step 6" in str(error) and "lower --lr" in str(error.hint)
+    assert [one.mark.step for one in whole_checkpoints(checkpoint(workspace))][-1] == 4
+    assert all(math.isfinite(point["eval_loss"]) for point in points(workspace, "eval"))
+
+
+def test_the_peak_of_memory_is_one_measure_on_the_way_and_at_the_end(workspace: Path) -> None:
+    trained(workspace)
+    on_the_way = [point["peak_memory_mib"] for point in points(workspace, "train")]
+    assert max(on_the_way) <= points(workspace, "end")[0]["peak_memory_mib"]
+
+
+def test_it_is_told_that_max_steps_decides_and_not_epochs(workspace: Path) -> None:
+    assert any(
+        "--max-steps 6 decides, not --epochs 3 (9 steps)" in line for line in trained(workspace).printed
+    )
+    assert not any("decides" in line for line in trained(workspace, max_steps=0, epochs=1.0).printed)
+
+
 def test_memory_that_runs_out_names_the_settings_to_change(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

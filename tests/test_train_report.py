@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from mtgdm.reports.trainer_state import newest_state
 from mtgdm.reports.training_comparison import comparison_figure, differing, run_names
 from mtgdm.reports.training_figures import loss_figure, optimizer_figure
 from mtgdm.reports.training_health import describe, judge
-from mtgdm.reports.training_run import has_steps, read_run
+from mtgdm.reports.training_report import key_figures
+from mtgdm.reports.training_run import TrainingRun, has_steps, read_run
 from mtgdm.stages.report import run as train_report
 from mtgdm.testing import run as run_stage
 from tests.conftest import write_lines
@@ -186,6 +188,144 @@ def test_gradients_are_held_to_the_clip_that_the_run_names(tmp_path: Path) -> No
     assert (figures["clip"], figures["clipped"]) == (0.25, 1.0)
 
 
+def falling(steps: int = 40, **more: Any) -> list[dict[str, Any]]:
+    """Points of a train loss that falls from 3 to 1."""
+    return [
+        {"event": "train", "step": step, "loss": 3 - 2 * step / steps, "grad_norm": 0.5, **more}
+        for step in range(1, steps + 1)
+    ]
+
+
+def evaluations(*losses: float | None) -> list[dict[str, Any]]:
+    """Evaluations every ten steps."""
+    return [
+        {"event": "eval", "step": 10 * (place + 1), "eval_loss": loss} for place, loss in enumerate(losses)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "first", "best"),
+    [
+        ((NAN, NAN), 10, None),
+        ((2.0, 1.5, NAN, NAN), 30, 20),
+        ((2.0, math.inf, 1.0), 20, 30),
+        ((2.0, 1.5, None), 30, 20),
+    ],
+)
+def test_an_eval_loss_that_is_no_number_has_diverged(
+    tmp_path: Path, losses: tuple[float | None, ...], first: int, best: int | None
+) -> None:
+    word, why = told(tmp_path, *falling(), *evaluations(*losses), {"event": "end", "seconds": 1.0})
+    assert word == "diverged"
+    assert (
+        f"the eval loss is not a finite number at {sum(not loss or not loss < 9 for loss in losses)} ev"
+        in why
+    )
+    assert f"first at step {first}" in why
+    assert (f"eval loss was lowest at step {best} " in why) == (best is not None)
+    assert "--epochs" not in why and "nothing was evaluated" not in why
+
+
+def test_gradients_lost_to_the_end_have_diverged_and_a_few_have_not(tmp_path: Path) -> None:
+    events = falling()
+    for event in events[3:5]:
+        event["grad_norm"] = math.inf
+    events[7]["grad_norm"] = NAN
+    word, why = told(tmp_path, *events)
+    assert word == "healthy"
+    assert "the gradient norm was not a finite number at 3 logged steps, first at step 4" in why
+    for event in events[30:]:
+        event["grad_norm"] = NAN
+    word, why = told(tmp_path, *events)
+    assert word == "diverged"
+    assert "the gradient norm is not a finite number from step 31 to the end" in why
+
+
+def test_a_gradient_norm_that_is_not_logged_is_none_that_is_lost(tmp_path: Path) -> None:
+    events = falling(grad_norm=None)
+    del events[-1]["grad_norm"]
+    run = read_run(train_metrics(tmp_path, *events))
+    assert judge(run)[0] == "healthy"
+    assert describe(run)["gradient_norm"]["not_finite"] == 0
+
+
+def test_the_zero_that_transformers_writes_for_a_lost_loss_is_no_loss(tmp_path: Path) -> None:
+    history = [
+        logged(5, 2.0),
+        logged(10, 1.5),
+        *(logged(step, 0.0, grad_norm=NAN) for step in (15, 20, 25, 30)),
+    ]
+    run = read_run(state(tmp_path, *history, {"eval_loss": NAN, "step": 30}))
+    word, reasons = judge(run)
+    assert word == "diverged"
+    assert "the train loss is not a finite number at 4 steps, first at step 15" in reasons
+    assert "the eval loss is not a finite number at 1 evaluation, first at step 30" in reasons
+    assert describe(run)["loss"]["min"] == 1.5
+    cards = key_figures(describe(run))
+    assert ("final eval loss", "–", "no finite number at step 30") in cards
+    strict_figure(loss_figure(run))
+
+
+def noisy(folder: Path, points: int, slope: float, noise: float, seed: int) -> str:
+    source = random.Random(seed)
+    run = TrainingRun(folder)
+    for step in range(1, points + 1):
+        run.add_train({"step": step, "loss": (1 + slope * step / points) * (1 + source.gauss(0, noise))})
+    return judge(run)[0]
+
+
+@pytest.mark.parametrize("points", [10, 20, 39, 56, 200])
+def test_noise_alone_has_not_diverged_and_a_rise_has(tmp_path: Path, points: int) -> None:
+    fallen = [noisy(tmp_path, points, -0.1, 0.15, seed) for seed in range(300)]
+    assert fallen.count("diverged") <= 6
+    risen = [noisy(tmp_path, points, 1.0, 0.1, seed) for seed in range(100)]
+    assert risen.count("diverged") >= 98
+
+
+def test_a_run_whose_eval_loss_falls_has_not_diverged(tmp_path: Path) -> None:
+    rising = [{"event": "train", "step": step, "loss": 1 + step / 10} for step in range(1, 31)]
+    assert told(tmp_path, *rising)[0] == "diverged"
+    word, why = told(tmp_path, *rising, *evaluations(2.0, 1.5, 1.0))
+    assert word == "still improving"
+    assert "the train loss rose, but eval loss falls" in why
+
+
+def test_a_few_points_that_scatter_are_too_little_to_judge_by(tmp_path: Path) -> None:
+    points = [{"event": "train", "step": step, "loss": loss} for step, loss in enumerate((2.0, 1.7, 2.2), 1)]
+    assert told(tmp_path, *points)[0] == "too little data"
+
+
+def test_the_advice_names_the_setting_that_ended_the_run(tmp_path: Path) -> None:
+    events = training_events(val=lambda t: 3 - t)
+    assert "more --epochs may help" in told(tmp_path, *events)[1]
+    events[0]["settings"] |= {"max_steps": 60, "epochs": 3.0}
+    assert "more --max-steps may help" in told(tmp_path, *events)[1]
+
+
+def test_tokens_a_second_are_all_tokens_by_all_time(tmp_path: Path) -> None:
+    points = [
+        {"event": "train", "step": step, "loss": 1.0, "step_seconds": seconds, "tokens_per_s": rate}
+        for step, seconds, rate in ((1, 1.0, 100.0), (2, 1.0, 100.0), (4, 9.0, 10.0))
+    ]
+    figures = describe(read_run(train_metrics(tmp_path, *points)))["tokens_per_s"]
+    assert figures["p50"] == 100.0
+    assert figures["overall"] == (100 + 100 + 2 * 90) / (1 + 1 + 2 * 9)
+
+
+def test_the_peak_of_memory_is_that_of_the_whole_run(tmp_path: Path) -> None:
+    end = {"event": "end", "seconds": 1.0, "peak_memory_mib": 700}
+    run = read_run(train_metrics(tmp_path, *falling(peak_memory_mib=500), end))
+    assert describe(run)["peak_memory_mib"] == 700.0
+
+
+def test_of_two_runs_in_one_file_the_last_is_told(tmp_path: Path) -> None:
+    start = {"event": "start", "total_steps": 40}
+    path = train_metrics(tmp_path, start, *falling(), {"event": "end"}, start, *falling(20), start)
+    run = read_run(path)
+    assert (run.last_step, len(run.train["step"]), run.end) == (20, 20, None)
+    assert run.notes == ["the file holds 2 runs, one after the other: this is the last of them"]
+
+
 # --- long runs -----------------------------------------------------------------------------------
 
 
@@ -311,6 +451,17 @@ def test_several_runs_stand_in_one_report_with_what_differs(tmp_path: Path) -> N
     assert 'data-figure="compare"' in run.result.outputs[0].with_suffix(".html").read_text(encoding="utf-8")
     assert any("lora_r" in line for line in run.printed)
     assert len(run.manifests[0].inputs) == 3
+
+
+@pytest.mark.usefixtures("no_browser")
+def test_runs_of_the_same_settings_have_no_table_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path)
+    other = written(tmp_path, "20261123-090000")
+    run = run_stage(train_report, tmp_path, compare=str(other))
+    assert "no setting differs between them" in run.printed
+    assert not any("setting that differs" in line for line in run.printed)
 
 
 def test_a_setting_that_a_run_does_not_name_is_not_known_to_differ() -> None:

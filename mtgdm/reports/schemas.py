@@ -226,6 +226,7 @@ class GradientNorm(Spread):
     clipped: Number
     """Share of the logged steps that were clipped."""
     not_finite: int
+    """How many were logged as NaN or infinite."""
 
 
 class StepSeconds(Spread):
@@ -237,6 +238,13 @@ class StepSeconds(Spread):
     """Median of the last fifth."""
     drift: Number
     """How much longer the last steps took than the first, as a share."""
+
+
+class Speed(Spread):
+    """Tokens a second over the points logged."""
+
+    overall: Number = None
+    """All tokens by the time of all steps."""
 
 
 class LearningRate(Shape):
@@ -287,7 +295,7 @@ class TrainReport(Shape):
     eval: EvalLoss | None
     gradient_norm: GradientNorm
     step_seconds: StepSeconds
-    tokens_per_s: Spread
+    tokens_per_s: Speed
     learning_rate: LearningRate
     peak_memory_mib: Number
     seconds: Number

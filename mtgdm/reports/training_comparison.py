@@ -141,7 +141,7 @@ def _outcome(figures: Mapping[str, Any]) -> dict[str, Any]:
         "final_train_loss": figures["loss"]["final"],
         "best_eval": evaluation.get("best"),
         "final_eval": evaluation.get("final"),
-        "tokens_per_s": figures["tokens_per_s"]["p50"],
+        "tokens_per_s": figures["tokens_per_s"]["overall"],
         "peak_memory_mib": figures["peak_memory_mib"],
         "seconds": figures["seconds"],
     }

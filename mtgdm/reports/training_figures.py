@@ -30,7 +30,7 @@ from mtgdm.charts.style import (
     panel,
     stacked,
 )
-from mtgdm.reports.training_health import ends
+from mtgdm.reports.training_measures import ends
 from mtgdm.reports.training_run import TrainingRun, known
 from mtgdm.terminal import counted
 
@@ -192,7 +192,8 @@ def _evaluations(evaluations: list[tuple[float, float]]) -> dict[str, Any]:
 def _fill_panel(chart: Figure, run: TrainingRun, shown: Panel, number: int) -> None:
     values = array("d", (value * shown.scale for value in run.train[shown.column]))
     if not _logged(run, shown.column):
-        nothing_here(chart, number, "not in the metrics file")
+        lost = shown.column == "grad_norm" and run.bad_norms
+        nothing_here(chart, number, "no finite number" if lost else "not in the metrics file")
         chart["data"].append(_line(([], []), shown.title, shown.color, 1, number=number))
         return
     points = thinned(run.train["step"], values)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import fmean, median
+from itertools import takewhile
 from typing import Any
 
-from mtgdm.reports.training_run import TrainingRun, known
+from mtgdm.reports import training_measures as measures
+from mtgdm.reports.training_measures import SPIKE
+from mtgdm.reports.training_run import TrainingRun, number
 from mtgdm.reports.values import brief, share
-from mtgdm.scoring.statistics import percentile
 from mtgdm.terminal import counted
 
 RISE = 0.02
@@ -20,8 +20,12 @@ LEARNT = 0.05
 """Train loss that fell by less than this (relative) says that next to nothing was learnt."""
 ENOUGH = 20
 """So many logged steps make a trend to judge that by."""
-SPIKE = 5.0
-"""A gradient norm this many times the median is a spike."""
+CLIMB = 0.05
+"""Train loss that rose by more than this (relative), and beyond its noise, has diverged."""
+BEYOND_NOISE = 2.0
+"""So many standard errors of the difference of two means are more than the noise of their points."""
+LOST = 2
+"""So many logged steps to the end of a run without a finite gradient norm: it learns no more."""
 DRIFT = 0.25
 """Steps that take this much longer (relative) at the end than at the start are worth a look."""
 
@@ -40,14 +44,14 @@ def describe(run: TrainingRun) -> dict[str, Any]:
             "total": run.total_steps,
             "logged": len(run.train["step"]),
         },
-        "loss": _loss(run),
-        "eval": _eval(run),
-        "gradient_norm": _gradients(run),
-        "step_seconds": _step_seconds(run),
-        "tokens_per_s": _spread(known(run.train["tokens_per_s"])),
-        "learning_rate": _learning_rate(run),
-        "peak_memory_mib": max(known(run.train["peak_memory_mib"]), default=math.nan),
-        "seconds": _seconds(run),
+        "loss": measures.loss(run),
+        "eval": measures.evaluation(run),
+        "gradient_norm": measures.gradients(run),
+        "step_seconds": measures.step_seconds(run),
+        "tokens_per_s": measures.speed(run),
+        "learning_rate": measures.learning_rate(run),
+        "peak_memory_mib": measures.peak_memory(run),
+        "seconds": measures.seconds(run),
         "run": run.start,
         "end": run.end,
         "warnings": run.warnings,
@@ -67,23 +71,6 @@ def judge(run: TrainingRun) -> Verdict:
     return word, [*_unfinished(run), *reasons, *why, *_gradient_reasons(run), *_speed_reasons(run)]
 
 
-def ends(losses: Sequence[float]) -> tuple[float, float]:
-    """Mean of the first and of the last twentieth of the finite losses (at most 50 each)."""
-    finite = known(losses)
-    if not finite:
-        return math.nan, math.nan
-    size = min(50, max(1, len(finite) // 20))
-    return fmean(finite[:size]), fmean(finite[-size:])
-
-
-def perplexity(loss: float) -> float:
-    """`exp(loss)`; infinite where it cannot be held."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
-
-
 # --- the verdict ---------------------------------------------------------------------------------
 
 
@@ -95,50 +82,99 @@ def _unfinished(run: TrainingRun) -> list[str]:
 
 
 def _learning(run: TrainingRun) -> Verdict:
-    """What the train loss says."""
+    """What the train loss says, and every loss and gradient that is no number."""
     losses = run.train["loss"]
-    first, last = ends(losses)
-    lost = [
-        int(step) for step, loss in zip(run.train["step"], losses, strict=True) if not math.isfinite(loss)
-    ]
-    if lost:
-        return "diverged", [
-            f"the train loss is not a number at {counted(len(lost), 'step')}, first at step {lost[0]:,}: "
-            "lower --lr"
-        ]
+    if broken := _no_numbers(run):
+        return "diverged", broken
     if len(losses) < 2:
         return "too little data", [
             f"{counted(len(losses), 'training step')} logged: there is no trend to judge"
         ]
+    first, last = measures.ends(losses)
     change = f" ({share(last / first - 1)})" if first else ""
     reasons = [f"train loss went from {first:.3f} to {last:.3f}{change}"]
-    if last > first * 1.05:
-        return "diverged", [*reasons, "the train loss rose: lower --lr"]
-    if len(losses) >= ENOUGH and last > first * (1 - LEARNT):
+    fell = _eval_fell(run)
+    if last - first > CLIMB * abs(first):
+        if fell > 0:
+            return "healthy", [*reasons, "the train loss rose, but eval loss falls"]
+        if last - first > BEYOND_NOISE * measures.ends_error(losses):
+            return "diverged", [*reasons, "the train loss rose: lower --lr"]
+        if len(losses) < ENOUGH:
+            return "too little data", [*reasons, "so few points scatter as much as that: no trend to judge"]
+    if len(losses) >= ENOUGH and last >= first * (1 - LEARNT) and fell < LEARNT:
         return "under-fitting", [
             *reasons,
-            "next to nothing was learnt: a higher --lr, a higher --lora-r or more --epochs may help",
+            f"next to nothing was learnt: a higher --lr, a higher --lora-r or {_longer(run)} may help",
         ]
     return "healthy", reasons
+
+
+def _no_numbers(run: TrainingRun) -> list[str]:
+    """Where losses or gradients stopped being finite numbers; nothing where training is not lost by it."""
+    losses = zip(run.train["step"], run.train["loss"], strict=True)
+    reasons = [
+        f"{what} is not a finite number at {counted(len(steps), unit)}, first at step {steps[0]:,}"
+        for what, unit, steps in (
+            ("the train loss", "step", [int(step) for step, value in losses if not math.isfinite(value)]),
+            ("the eval loss", "evaluation", run.bad_evaluations),
+        )
+        if steps
+    ]
+    if (since := _lost_gradients(run)) is not None:
+        reasons.append(f"the gradient norm is not a finite number from step {since:,} to the end")
+    return [*reasons, "lower --lr, or compute in wider numbers"] if reasons else []
+
+
+def _lost_gradients(run: TrainingRun) -> int | None:
+    """The step from which on no logged gradient norm is finite.
+
+    None where they are all well, or only a few were not: in float16 the scale of the loss is found that way.
+    """
+    bad = set(run.bad_norms)
+    backwards = zip(reversed(run.train["step"]), reversed(run.train["grad_norm"]), strict=True)
+    logged = (step for step, norm in backwards if math.isfinite(norm) or step in bad)
+    tail = list(takewhile(bad.__contains__, logged))
+    return int(tail[-1]) if len(tail) >= LOST else None
+
+
+def _eval_fell(run: TrainingRun) -> float:
+    """The share that eval loss fell by over the run, where its last is its lowest; else 0."""
+    losses = [loss for _, loss in run.evaluations()]
+    if len(losses) < 2 or losses[-1] > min(losses) or losses[0] <= 0:
+        return 0.0
+    return 1 - losses[-1] / losses[0]
+
+
+def _longer(run: TrainingRun) -> str:
+    """The setting that makes this run longer: of the two the one that decided."""
+    return "more --max-steps" if number(run.settings.get("max_steps")) > 0 else "more --epochs"
 
 
 def _generalisation(run: TrainingRun) -> Verdict:
     """What the evaluations say of over- and under-fitting."""
     evaluations = run.evaluations()
-    if not evaluations:
+    if not run.eval_steps:
         return "", ["nothing was evaluated: whether it generalises is not known"]
+    if not evaluations:
+        return "", []
     best = min(range(len(evaluations)), key=lambda place: evaluations[place][1])
     best_step, best_loss = evaluations[best]
     final_step, final_loss = evaluations[-1]
     after = len(evaluations) - 1 - best
+    if run.bad_evaluations:
+        return "", [
+            f"eval loss was lowest at step {best_step:,.0f} ({best_loss:.3f}): "
+            f"{_which_checkpoint(run, int(best_step))}"
+        ]
     if len(evaluations) == 1:
         return "", [f"eval loss {best_loss:.3f} at step {best_step:,.0f}, measured once: no trend to judge"]
     if after == 0:
         return _lowest_at_the_end(run, evaluations)
     if after >= 2 and final_loss > best_loss * (1 + RISE):
         return "over-fitting", [
-            f"eval loss rose for {after} evaluations after step {best_step:,.0f}, from {best_loss:.3f} to "
-            f"{final_loss:.3f} at step {final_step:,.0f}: {_which_checkpoint(run, int(best_step))}"
+            f"eval loss has stood above its lowest ({best_loss:.3f} at step {best_step:,.0f}) for {after} "
+            f"evaluations and ends at {final_loss:.3f} at step {final_step:,.0f}: "
+            f"{_which_checkpoint(run, int(best_step))}"
         ]
     reason = f"eval loss was lowest at step {best_step:,.0f} ({best_loss:.3f}) and ends at {final_loss:.3f}"
     if run.kept_step is not None:
@@ -150,7 +186,7 @@ def _lowest_at_the_end(run: TrainingRun, evaluations: list[tuple[float, float]])
     (_, before), (step, final) = evaluations[-2:]
     where = f"{final:.3f} at step {step:,.0f}"
     if before > 0 and final < before * (1 - FALL):
-        advice = ": more --epochs may help" if run.end is not None else ""
+        advice = f": {_longer(run)} may help" if run.end is not None else ""
         return "still improving", [
             f"eval loss is lowest at the end ({where}) and fell "
             f"by {1 - final / before:.1%} since the evaluation before{advice}"
@@ -168,22 +204,25 @@ def _which_checkpoint(run: TrainingRun, best_step: int) -> str:
 
 
 def _gradient_reasons(run: TrainingRun) -> list[str]:
-    figures = _gradients(run)
+    figures = measures.gradients(run)
     reasons = []
     if figures["spikes"]:
         reasons.append(
             f"gradient norm spiked {counted(figures['spikes'], 'time')} over {SPIKE:g} times its median, "
             f"most at step {figures['max_step']:,} ({figures['max']:.2f})"
         )
-    if figures["not_finite"]:
-        reasons.append(f"the gradient norm was infinite at {counted(figures['not_finite'], 'logged step')}")
+    if figures["not_finite"] and _lost_gradients(run) is None:
+        reasons.append(
+            f"the gradient norm was not a finite number at {counted(figures['not_finite'], 'logged step')}, "
+            f"first at step {run.bad_norms[0]:,.0f}"
+        )
     if figures["clipped"] is not None and figures["clipped"] > 0.5:
         reasons.append(f"{figures['clipped']:.0%} of the logged steps were clipped at {figures['clip']:g}")
     return reasons
 
 
 def _speed_reasons(run: TrainingRun) -> list[str]:
-    figures = _step_seconds(run)
+    figures = measures.step_seconds(run)
     drift = figures["drift"]
     if not (math.isfinite(drift) and drift > DRIFT):
         return []
@@ -191,99 +230,3 @@ def _speed_reasons(run: TrainingRun) -> list[str]:
         f"a step took {drift:.0%} longer at the end ({brief(figures['late'])} s) than at the start "
         f"({brief(figures['early'])} s): the machine was shared or hot, or the rows grew longer"
     ]
-
-
-# --- the figures ---------------------------------------------------------------------------------
-
-
-def _loss(run: TrainingRun) -> dict[str, Any]:
-    first, last = ends(run.train["loss"])
-    finite = known(run.train["loss"])
-    return {
-        "first": first,
-        "final": last,
-        "min": min(finite, default=math.nan),
-        "reduction": 1 - last / first if first else math.nan,
-        "not_finite": len(run.train["loss"]) - len(finite),
-    }
-
-
-def _eval(run: TrainingRun) -> dict[str, Any] | None:
-    if not run.eval_steps:
-        return None
-    best = run.best
-    first, final = run.eval_losses[0], run.eval_losses[-1]
-    _, train = ends(run.train["loss"])
-    return {
-        "evaluations": len(run.eval_steps),
-        "first": {"step": int(run.eval_steps[0]), "loss": first, "perplexity": perplexity(first)},
-        "best": None
-        if best is None
-        else {"step": best[0], "loss": best[1], "perplexity": perplexity(best[1])},
-        "final": {"step": int(run.eval_steps[-1]), "loss": final, "perplexity": perplexity(final)},
-        "kept_step": run.kept_step,
-        "gap_to_train": final - train,
-    }
-
-
-def _gradients(run: TrainingRun) -> dict[str, Any]:
-    norms = run.train["grad_norm"]
-    finite = known(norms)
-    spread = _spread(finite)
-    top = max(finite, default=math.nan)
-    at = run.train["step"][norms.index(top)] if finite else math.nan
-    return {
-        **spread,
-        "max": top,
-        "max_step": int(at) if math.isfinite(at) else None,
-        "spikes": sum(norm > SPIKE * spread["p50"] for norm in finite) if spread["p50"] > 0 else 0,
-        "clip": run.clip,
-        "clipped": sum(norm > run.clip for norm in finite) / len(finite) if finite and run.clip else None,
-        "not_finite": sum(math.isinf(norm) for norm in norms),
-    }
-
-
-def _step_seconds(run: TrainingRun) -> dict[str, Any]:
-    """The time of a step; `drift` says how much longer the last fifth of them took than the first."""
-    finite = known(run.train["step_seconds"])
-    fifth = len(finite) // 5
-    early = late = drift = math.nan
-    if fifth >= 2:
-        # The first steps warm caches up and are no measure of drift.
-        early, late = median(finite[1 : 1 + fifth]), median(finite[-fifth:])
-        drift = late / early - 1 if early > 0 else math.nan
-    return {**_spread(finite), "early": early, "late": late, "drift": drift}
-
-
-def _learning_rate(run: TrainingRun) -> dict[str, Any]:
-    rates = run.train["learning_rate"]
-    finite = known(rates)
-    top = max(finite, default=math.nan)
-    at = run.train["step"][rates.index(top)] if finite else math.nan
-    return {
-        "max": top,
-        "max_step": int(at) if math.isfinite(at) else None,
-        "final": finite[-1] if finite else math.nan,
-    }
-
-
-def _seconds(run: TrainingRun) -> float:
-    """How long the run took; of one without an end the time of its steps alone."""
-    seconds = (run.end or {}).get("seconds")
-    if run.end is not None or not known(run.train["step_seconds"]):
-        return float(seconds) if isinstance(seconds, int | float) else math.nan
-    steps = run.train["step"]
-    since = (step - before for before, step in zip((0.0, *steps[:-1]), steps, strict=True))
-    # A point tells the mean of the steps since the one before it.
-    return math.fsum(
-        known([mean * count for mean, count in zip(run.train["step_seconds"], since, strict=True)])
-    )
-
-
-def _spread(finite: list[float]) -> dict[str, Any]:
-    ordered = sorted(finite)  # once: sorting what is sorted costs next to nothing
-    return {
-        "mean": fmean(ordered) if ordered else math.nan,
-        "p50": percentile(ordered, 0.5),
-        "p95": percentile(ordered, 0.95),
-    }

@@ -90,11 +90,14 @@ def key_figures(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         for name in ("best", "final"):
             point = evaluation[name]
             if point:
-                under = f"perplexity {brief(point['perplexity'])} at step {point['step']:,}"
-                figures.append((f"{name} eval loss", shown(point["loss"], 3), under))
+                known = math.isfinite(point["loss"])
+                what = f"perplexity {brief(point['perplexity'])}" if known else "no finite number"
+                figures.append(
+                    (f"{name} eval loss", shown(point["loss"], 3), f"{what} at step {point['step']:,}")
+                )
     figures += [
         ("steps", f"{data['steps']['last']:,}", _planned(data)),
-        ("time", clock(data["seconds"]), _speed(data["tokens_per_s"]["p50"])),
+        ("time", clock(data["seconds"]), _speed(data["tokens_per_s"]["overall"])),
         ("seconds a step", brief(data["step_seconds"]["p50"]), _drift(data)),
         ("gradient norm", brief(data["gradient_norm"]["p50"]), _gradient_note(data["gradient_norm"])),
         ("learning rate", brief(data["learning_rate"]["max"]), _schedule(data["learning_rate"])),
@@ -271,7 +274,7 @@ def _schedule(rate: Mapping[str, Any]) -> str:
 
 def _gradient_note(gradients: Mapping[str, Any]) -> str:
     if gradients["max_step"] is None:
-        return "not logged"
+        return "no finite number" if gradients["not_finite"] else "not logged"
     spikes = gradients["spikes"]
     tail = f", {spikes:,} spike{'' if spikes == 1 else 's'}" if spikes else ""
     return f"most {brief(gradients['max'])} at step {gradients['max_step']:,}{tail}"

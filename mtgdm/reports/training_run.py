@@ -35,6 +35,8 @@ class TrainingRun:
     train: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in COLUMNS})
     eval_steps: array[float] = field(default_factory=lambda: array("d"))
     eval_losses: array[float] = field(default_factory=lambda: array("d"))
+    bad_norms: array[float] = field(default_factory=lambda: array("d"))
+    """The steps whose gradient norm was logged as NaN or infinite, told apart from those that logged none."""
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     """Lines of the run's log that warn or report an error."""
@@ -51,6 +53,11 @@ class TrainingRun:
         """The settings the run wrote down at its start."""
         settings = self.start.get("settings")
         return settings if isinstance(settings, dict) else {}
+
+    @property
+    def has_points(self) -> bool:
+        """Whether a step or an evaluation was logged."""
+        return bool(self.train["step"] or self.eval_steps)
 
     @property
     def total_steps(self) -> int | None:
@@ -88,6 +95,12 @@ class TrainingRun:
         step, loss = min(points, key=lambda point: point[1])
         return int(step), loss
 
+    @property
+    def bad_evaluations(self) -> list[int]:
+        """The steps of the evaluations whose loss is NaN or infinite."""
+        points = zip(self.eval_steps, self.eval_losses, strict=True)
+        return [int(step) for step, loss in points if not math.isfinite(loss)]
+
     def evaluations(self) -> list[tuple[float, float]]:
         """Step and loss of every evaluation whose loss is a number."""
         points = zip(self.eval_steps, self.eval_losses, strict=True)
@@ -95,11 +108,18 @@ class TrainingRun:
 
     def add_train(self, point: dict[str, Any]) -> None:
         """Take what was logged at one step; a point without a step says nothing."""
-        if math.isfinite(number(point.get("step"))):
-            for name, column in self.train.items():
-                value = point.get(name)
-                # A million steps are eight million values, nearly all of them plain floats.
-                column.append(value if type(value) is float else number(value))
+        if not math.isfinite(number(point.get("step"))):
+            return
+        for name, column in self.train.items():
+            value = point.get(name)
+            # A million steps are eight million values, nearly all of them plain floats.
+            column.append(value if type(value) is float else number(value))
+        norm = point.get("grad_norm")
+        if type(norm) is float and not math.isfinite(norm):
+            self.bad_norms.append(self.train["step"][-1])
+            if self.train["loss"][-1] == 0:
+                # What transformers writes for a loss that is no number (logging_nan_inf_filter).
+                self.train["loss"][-1] = math.nan
 
     def add_eval(self, step: Any, loss: Any) -> None:
         """Take one evaluation."""
@@ -120,7 +140,7 @@ def read_run(path: Path) -> TrainingRun:
     from mtgdm.reports.trainer_state import read_state
 
     run = read_state(path) if path.suffix == ".json" else _read_events(path)
-    if not run.train["step"] and not run.eval_steps:
+    if not run.has_points:
         raise UserError(
             "no step was logged here",
             where=path,
@@ -160,7 +180,7 @@ def known(values: Sequence[float]) -> list[float]:
 
 
 def _read_events(path: Path) -> TrainingRun:
-    run = TrainingRun(path)
+    runs = [TrainingRun(path)]
     unreadable: list[int] = []
     line_number = lines = events = 0
     for line_number, line in read_lines(path):
@@ -172,13 +192,19 @@ def _read_events(path: Path) -> TrainingRun:
             continue
         if isinstance(event, dict) and "event" in event:
             events += 1
-            _take(run, event)
+            if event["event"] == "start" and runs[-1].has_points:
+                runs.append(TrainingRun(path))
+            _take(runs[-1], event)
     if lines > len(unreadable) and not events:
         raise UserError(
             "this holds no training metrics",
             where=path,
             hint="name a log/train-*.metrics.jsonl file, or a trainer_state.json of transformers",
         )
+    told = [run for run in runs if run.has_points] or runs
+    run = told[-1]
+    if len(told) > 1:
+        run.notes.append(f"the file holds {len(told):,} runs, one after the other: this is the last of them")
     if unreadable == [line_number]:
         run.notes.append(
             f"the last line ({line_number:,}) is torn and was left out: the run was killed while writing"
@@ -195,7 +221,7 @@ def _take(run: TrainingRun, event: dict[str, Any]) -> None:
             run.start = {key: value for key, value in event.items() if key != "event"}
         case "train":
             run.add_train(event)
-        case "eval":
+        case "eval" if "eval_loss" in event:
             run.add_eval(event.get("step"), event.get("eval_loss"))
         case "end":
             run.end = {key: value for key, value in event.items() if key != "event"}

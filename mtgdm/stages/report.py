@@ -103,7 +103,10 @@ def run(config: ReportConfig, context: Context) -> Result:
         context.terminal.table(COMPARED, comparison_rows(report.data))
         names = [run["name"] for run in report.data["comparison"]["runs"]]
         settings = differing_rows(report.data)
-        context.terminal.table(["setting that differs", *names], settings[:SHOWN_SETTINGS])
+        if settings:
+            context.terminal.table(["setting that differs", *names], settings[:SHOWN_SETTINGS])
+        else:
+            context.print("no setting differs between them")
         if len(settings) > SHOWN_SETTINGS:
             context.print(f"and {len(settings) - SHOWN_SETTINGS} more in the report")
     say_where(files, context)

@@ -249,7 +249,8 @@ def _train(
         context.warn(
             f"no row of {config.in_.name} is in the split `val`: no eval loss, no early stop, the last step counts"
         )
-    held_before = memory.peak_bytes(placement.device)
+    # PyTorch counts a GPU's memory for itself; of a CPU's only the peak of the whole process is known.
+    held_before = memory.peak_bytes(placement.device) if placement.on_cpu else 0
     model = adapter.with_adapter(
         base.load_model(
             source,
@@ -300,6 +301,10 @@ def _train(
         f"{start['trained_tokens']:,} trained tokens an epoch"
     )
     context.print(str(layout))
+    if config.max_steps and config.max_steps != (of_epochs := layout.steps(config.epochs)):
+        context.print(
+            f"--max-steps {config.max_steps:,} decides, not --epochs {config.epochs:g} ({of_epochs:,} steps)"
+        )
     if expected:
         context.print(f"memory, as expected: {expected}")
     context.log.info("start %s", json.dumps(start, ensure_ascii=False))
@@ -316,9 +321,10 @@ def _train(
         fingerprint=fingerprint,
         resume=resume,
         hungriest=hungriest,
+        held_bytes=held_before,
         progress=lambda total, done: context.progress(total, "steps", done=done),
     )
-    taken = memory.peak_bytes(placement.device) - (held_before if placement.on_cpu else 0)
+    taken = memory.peak_bytes(placement.device) - held_before
     ended = {
         "event": "end",
         **{key: value for key, value in asdict(outcome).items() if key != "adapter"},

@@ -217,7 +217,8 @@ class StudentTrainer(Trainer):
             total = self.accelerator.reduce(total, "sum")
         loss_mean = float(total[0] / total[1])
         if not math.isfinite(loss_mean):
-            raise UserError(f"the loss on val became {loss_mean}", hint="lower --lr")
+            step = self.state.global_step
+            raise UserError(f"the loss on val became {loss_mean} at step {step}", hint="lower --lr")
         metrics = {"eval_loss": loss_mean, "eval_runtime": time.monotonic() - started}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -269,12 +270,14 @@ def train(
     fingerprint: str,
     resume: WholeCheckpoint | None,
     hungriest: Sequence[Item],
+    held_bytes: int,
     progress: Callable[[int, int], Any],
 ) -> Outcome:
     """Train, or go on from a checkpoint of the same run; the best checkpoint is the outcome.
 
     `hungriest` is the batch that takes most memory: it is tried before the first step, for nobody should learn
-    after a night that it does not fit. `progress(total, done)` opens the bar. `folder` holds the `checkpoint-N/`
+    after a night that it does not fit. `held_bytes` are no part of the run's peak of memory: what the process
+    held before there was a model. `progress(total, done)` opens the bar. `folder` holds the `checkpoint-N/`
     while training.
     """
     train_examples, val_examples = examples
@@ -283,7 +286,8 @@ def train(
     if placement.device != "auto":
         args._n_gpu = min(1, args.n_gpu)  # else the Trainer would spread one GPU's model by DataParallel
     with progress(steps, resume.mark.step if resume else 0) as bar:
-        watch = Watch(settings, points, bar, fingerprint, resume.mark.seconds if resume else 0.0)
+        before_s = resume.mark.seconds if resume else 0.0
+        watch = Watch(settings, points, bar, fingerprint, before_s, held_bytes)
         trainer = StudentTrainer(model, args, train_examples, val_examples, pad, settings.layout, hungriest)
         watch.trainer = trainer
         trainer.add_callback(watch)

@@ -57,13 +57,21 @@ class Watch(TrainerCallback):
     """Points, progress, best checkpoint, early stop and the marks of whole checkpoints."""
 
     def __init__(
-        self, settings: LoopSettings, points: Points, bar: Progress, fingerprint: str, before_s: float
+        self,
+        settings: LoopSettings,
+        points: Points,
+        bar: Progress,
+        fingerprint: str,
+        before_s: float,
+        held_bytes: int,
     ) -> None:
+        """`before_s` are the seconds of earlier sittings, `held_bytes` what the peak of memory does not count."""
         self._settings = settings
         self._points = points
         self._bar = bar
         self._fingerprint = fingerprint
         self._before_s = before_s
+        self._held_bytes = held_bytes
         self._started = time.monotonic()
         self.trainer: StudentTrainer
         self.stopped_early = False
@@ -113,7 +121,7 @@ class Watch(TrainerCallback):
         tokens, trained = self.trainer.summed(
             self.trainer.tokens - self._tokens, self.trainer.trained_tokens - self._trained
         )
-        peak = peak_bytes(args.device.type)
+        peak = peak_bytes(args.device.type) - self._held_bytes
         point = {
             "event": "train",
             "step": state.global_step,
