@@ -301,7 +301,8 @@ def _train(
         f"{start['trained_tokens']:,} trained tokens an epoch"
     )
     context.print(str(layout))
-    if config.max_steps and config.max_steps != (of_epochs := layout.steps(config.epochs)):
+    chosen = config.epochs != TrainConfig.model_fields["epochs"].default
+    if chosen and config.max_steps and config.max_steps != (of_epochs := layout.steps(config.epochs)):
         context.print(
             f"--max-steps {config.max_steps:,} decides, not --epochs {config.epochs:g} ({of_epochs:,} steps)"
         )
