@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from mtgdm.errors import UserError
+from mtgdm.manifest import sha256_of
 from mtgdm.rows import manifest_path
 
 _HUB_LINK = re.compile(r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
@@ -89,14 +92,30 @@ def _digest(path: Path) -> str:
     """
     size = path.stat().st_size
     if size <= _WHOLE_BYTES:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     digest = hashlib.sha256(str(size).encode("ascii"))
     with path.open("rb") as file:
         for piece in range(_PIECES):
             file.seek((size - _PIECE_BYTES) * piece // (_PIECES - 1))
             digest.update(file.read(_PIECE_BYTES))
     return digest.hexdigest()
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a model or a checkpoint; UserError where it cannot be read or holds no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"this file cannot be read: {error}", where=path) from error
+    if not isinstance(value, dict):
+        raise UserError(f"this file holds no JSON object but {type(value).__name__}", where=path)
+    return value
+
+
+def normalises(folder: Path) -> bool:
+    """Whether the tokenizer of a folder brings texts into NFC, which llama.cpp leaves to who asks it."""
+    path = folder / "tokenizer.json"
+    return path.is_file() and '"NFC"' in json.dumps(json_object(path).get("normalizer"))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

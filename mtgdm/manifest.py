@@ -146,11 +146,12 @@ def _files(path: Path) -> list[Path]:
 
 def _digest(path: Path, files: list[Path]) -> str:
     if files == [path]:
-        return _sha256(path)
-    lines = "".join(f"{_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
+        return sha256_of(path)
+    lines = "".join(f"{sha256_of(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
     return hashlib.sha256(lines.encode("utf-8")).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -204,12 +204,12 @@ def test_the_prompts_of_a_run_are_not_hashed_again(tmp_path: Path, monkeypatch: 
     for output in (tmp_path / "data").glob("teacher*"):
         output.unlink()
     hashed: list[Path] = []
-    digest = manifest._sha256
+    digest = manifest.sha256_of
 
     def counted(of: Path) -> str:
         hashed.append(of)
         return digest(of)
 
-    monkeypatch.setattr(manifest, "_sha256", counted)
+    monkeypatch.setattr(manifest, "sha256_of", counted)
     assert run_teacher(tmp_path).manifests[0].inputs == first.inputs
     assert path not in hashed

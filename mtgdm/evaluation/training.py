@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtgdm.checkpoints import normalises
 from mtgdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,12 +56,7 @@ class Training:
     @property
     def normalises(self) -> bool:
         """Whether the student's tokenizer brings a text into NFC, which llama.cpp leaves to who asks it."""
-        path = self.path.with_name("tokenizer.json")
-        try:
-            kind = json.loads(path.read_text(encoding="utf-8")).get("normalizer")
-        except (OSError, ValueError, AttributeError):
-            return False
-        return '"NFC"' in json.dumps(kind)
+        return normalises(self.path.parent)
 
     def leaked(self, rows: Sequence[Row]) -> list[Row]:
         """The rows that were trained on, or are about a spot that was."""

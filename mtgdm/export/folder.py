@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtgdm.errors import UserError
+from mtgdm.manifest import sha256_of
 
 CARD = "README.md"
 CHECKSUMS = "SHA256SUMS"
@@ -27,7 +27,7 @@ def write_provenance(folder: Path, about: Mapping[str, Any]) -> None:
 
 def write_checksums(folder: Path) -> None:
     """The SHA-256 of every file, as `sha256sum -c` takes them; written last."""
-    lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files_of(folder)]
+    lines = [f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files_of(folder)]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
@@ -91,7 +91,7 @@ def look(folder: Path) -> There | None:
             hint=_ELSEWHERE,
         )
     known = checksums(folder) if (folder / CHECKSUMS).is_file() else {}
-    changed = frozenset(name for name in there & known.keys() if _sha256(folder / name) != known[name])
+    changed = frozenset(name for name in there & known.keys() if sha256_of(folder / name) != known[name])
     expected = {*known, CHECKSUMS}
     return There(about, there, frozenset(expected - there), changed, there - expected)
 
@@ -118,8 +118,3 @@ def _top(name: str) -> str:
     """A file of the package itself, or the folder in it that a file belongs to, as `adapter/`."""
     top, slash, _ = name.partition("/")
     return top + slash
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
+from mtgdm.checkpoints import json_object
 from mtgdm.errors import UserError
 from mtgdm.export import architectures, quantize, vocabulary
 from mtgdm.export.architectures import Family
@@ -123,12 +123,7 @@ def room_needed(parameters: int, quant: str) -> int:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """The config.json of a merged model; UserError where it cannot be read."""
-    path = folder / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"this file cannot be read: {error}", where=path) from error
-    return config
+    return json_object(folder / "config.json")
 
 
 def _lossless(merged: Path) -> str:

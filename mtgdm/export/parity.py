@@ -7,7 +7,6 @@ keys and values in float32 for it, so that what differs is the file and not its 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from mtgdm.checkpoints import json_object
 from mtgdm.export import architectures, engines, quantize
 from mtgdm.export.engines import Array, Engine, EngineName, Trained
 from mtgdm.export.weights import Weights, ignore
@@ -130,7 +130,7 @@ def prove_all(
     `base` is where the base called `name` lies, if elsewhere, `merged` the folder the files were made from; `advance`
     gets a 1 after every row of every file.
     """
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    config = json_object(merged / "config.json")
     chat = generation.load_chat(str(checkpoint), name, workspace)
     longest = max((len(chat.tokens(chat.text(row.messages, ask=False))) for row in rows), default=0)
     if reason := _not_provable(files, longest, config, merged):

@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mtgdm import rows
-from mtgdm.checkpoints import template_fingerprint
+from mtgdm.checkpoints import normalises, template_fingerprint
 from mtgdm.domain import Message
 from mtgdm.errors import UserError
 from mtgdm.evaluation.training import Training
@@ -183,8 +183,7 @@ class Trained:
     @cached_property
     def normalises(self) -> bool:
         """Whether the tokenizer brings text into NFC."""
-        text = (self.checkpoint / "tokenizer.json").read_text(encoding="utf-8")
-        return "NFC" in json.dumps(json.loads(text).get("normalizer"))
+        return normalises(self.checkpoint)
 
     @cached_property
     def turns(self) -> Turns | NotOfTurns:

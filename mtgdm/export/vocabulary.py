@@ -7,12 +7,12 @@ a file with the wrong rules loads without a word and reads other tokens than the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtgdm.checkpoints import json_object
 from mtgdm.errors import UserError
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -56,7 +56,7 @@ class Vocabulary:
 
 def read(folder: Path, size: int) -> Vocabulary:
     """The tokenizer of a folder with `size` places, of which those behind the last token stay unused."""
-    about = _json(folder / "tokenizer.json")
+    about = json_object(folder / "tokenizer.json")
     if found := [*problems(folder, size)]:
         raise UserError(f"the tokenizer cannot be written as GGUF: {found[0]}", where=folder)
     model, rules = about["model"], _rules(about)
@@ -85,7 +85,7 @@ def problems(folder: Path, size: int) -> Iterator[str]:
     if not path.is_file():
         yield "there is no tokenizer.json"
         return
-    about = _json(path)
+    about = json_object(path)
     model = about["model"]
     if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(about):
         yield "the tokenizer is no byte-level BPE, as those of Qwen and Llama 3 are"
@@ -106,14 +106,6 @@ def problems(folder: Path, size: int) -> Iterator[str]:
     largest = max([*model["vocab"].values(), *(one["id"] for one in about["added_tokens"])])
     if largest >= size:
         yield f"it makes token {largest:,}, and the model knows {size:,}"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"this file cannot be read: {error}", where=path) from error
-    return value
 
 
 def _steps(about: Mapping[str, Any], part: str) -> list[Mapping[str, Any]]:
@@ -153,7 +145,7 @@ def _first_special(about: Mapping[str, Any]) -> str | None:
 
 def _special_ids(folder: Path, vocabulary: Mapping[str, int]) -> dict[str, int]:
     path = folder / "tokenizer_config.json"
-    config = _json(path) if path.is_file() else {}
+    config = json_object(path) if path.is_file() else {}
     found = {}
     for role in ("bos", "eos", "pad"):
         token = config.get(f"{role}_token")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from mtgdm import processes
-from mtgdm.checkpoints import hub_id
+from mtgdm.checkpoints import hub_id, json_object
 from mtgdm.errors import SettingError, UserError
 from mtgdm.student.installed import require
 
@@ -128,7 +127,7 @@ def is_adapter(source: str) -> bool:
 def adapter_config(adapter: str) -> dict[str, Any]:
     """The adapter_config.json of a folder; UserError where it is none of a LoRA adapter."""
     path = Path(adapter) / "adapter_config.json"
-    value = _json_object(path)
+    value = json_object(path)
     kind, rank = value.get("peft_type"), value.get("r")
     if kind != "LORA" or not isinstance(rank, int) or rank < 1:
         found = f"its peft_type is {kind!r}" if kind != "LORA" else f"its rank `r` is {rank!r}"
@@ -146,7 +145,7 @@ def base_of(adapter: str) -> str:
     """The base model that an adapter's folder names."""
     for file, key in (("training.json", "base_model"), ("adapter_config.json", "base_model_name_or_path")):
         path = Path(adapter) / file
-        value = _json_object(path).get(key) if path.is_file() else None
+        value = json_object(path).get(key) if path.is_file() else None
         if isinstance(value, str) and value:
             return value
     raise UserError(
@@ -157,18 +156,8 @@ def base_of(adapter: str) -> str:
 def training_settings(adapter: str) -> dict[str, Any]:
     """The settings that an adapter was trained with, as its training.json has them; empty where nothing tells."""
     path = Path(adapter) / "training.json"
-    settings = _json_object(path).get("settings") if path.is_file() else None
+    settings = json_object(path).get("settings") if path.is_file() else None
     return settings if isinstance(settings, dict) else {}
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"this file cannot be read: {error}", where=path) from error
-    if not isinstance(value, dict):
-        raise UserError(f"this file holds no JSON object but {type(value).__name__}", where=path)
-    return value
 
 
 def check_folder(source: str) -> None:
