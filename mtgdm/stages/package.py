@@ -181,6 +181,7 @@ def run(config: PackageConfig, context: Context) -> Result:
             checkpoint, training, config.in_, context.workspace, base=config.base_model
         )
         if known := Training.of(checkpoint):
+            known.check_chat(student.chat)
             known.check_base_state(
                 model_state(student.source), otherwise=", or name its place: --base-model FOLDER"
             )
