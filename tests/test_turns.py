@@ -13,8 +13,8 @@ import pytest
 
 from mtgdm.domain import Message
 from mtgdm.export.turns import NotOfTurns, Render, Turns, turns_of
-from mtgdm.student.template import CHATML
 from mtgdm.student.noise import quiet
+from mtgdm.student.template import CHATML
 from tests import go_template
 from tests.tiny_student import LLAMA3, MARKED, THINKING
 
@@ -186,7 +186,12 @@ def test_the_bos_token_is_left_to_a_server_that_adds_it() -> None:
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        (SYSTEM_IN_THE_FIRST_QUESTION.replace("s + m", "m.content[:3] + s + m").replace("(s ", "(m.content[:3] + s "), "repeats|changes the texts"),
+        (
+            SYSTEM_IN_THE_FIRST_QUESTION.replace("s + m", "m.content[:3] + s + m").replace(
+                "(s ", "(m.content[:3] + s "
+            ),
+            "repeats|changes the texts",
+        ),
         ("{{ raise_exception('no') }}" + CHATML, "refuses a chat"),
         (CHATML.replace("<|im_end|>", "{{"), "braces"),
         (CHATML.replace("message['content']", "message['content'] | upper"), "leaves out, repeats or moves"),

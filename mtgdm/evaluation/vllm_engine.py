@@ -58,6 +58,7 @@ class Vllm(Student):
         chat = generation.load_chat(self.weights.source, name, workspace)
         if self.weights.training is not None:
             self.weights.training.check_chat(chat)
+            self.may_think = self.weights.training.thoughts
         self._prompts = {row.id: prompt_ids(chat, row) for row in rows}
         self.max_new_tokens = max_new_tokens or answer_limit(chat, references)
         self._end_of_turn = chat.end_of_turn

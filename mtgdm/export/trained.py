@@ -44,6 +44,19 @@ _ASK_TIMEOUT_S = 5.0
 _WHERE_NOW = "put it back, or say where it lies now: --base-model FOLDER"
 
 
+_COMPARED_ROWS = 3
+_CHATS = (
+    [("system", "你是讲解员。"), ("user", "西湖在哪里？")],
+    [("user", "西湖在哪里？")],
+    [("user", "西湖在哪里？"), ("assistant", "在杭州市。"), ("user", "再说一遍")],
+    [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")],
+    [
+        ("system", " \n你是讲解员。 \n"),
+        ("user", "\n 再说一遍 \n"),
+        ("assistant", "\n\n 在。 \n"),
+        ("user", "  好 \n"),
+    ],
+)
 _WITH_THOUGHTS: list[Message] = [
     {"role": "user", "content": "1"},
     {"role": "assistant", "content": "<think>\n2\n</think>\n\n3"},
@@ -195,7 +208,9 @@ class Trained:
     @cached_property
     def turns(self) -> Turns | NotOfTurns:
         """The chat template taken apart, or why it cannot be."""
-        prompts = [[{"role": one["role"], "content": one["content"]} for one in row.prompt] for row in self.rows]
+        prompts = [
+            [{"role": one["role"], "content": one["content"]} for one in row.prompt] for row in self.rows
+        ]
         if self.chat.thoughts:  # a chat may send them back, and the template may take them off
             prompts.append(_WITH_THOUGHTS)
         bos = self.chat.tokenizer.bos_token
@@ -215,7 +230,7 @@ class Trained:
     def modelfile(self, gguf: str, licence: Mapping[str, str]) -> Modelfile:
         """What Ollama has to know, for a GGUF of this name."""
         remarks = []
-        template = None
+        template = template_of_old = None
         if isinstance(self.turns, NotOfTurns):
             remarks.append(
                 f"No TEMPLATE, for the chat template of the training cannot be written as one: {self.turns.message}. "
@@ -227,8 +242,12 @@ class Trained:
             if not can_be_quoted(template):
                 template = None
                 remarks.append("No TEMPLATE, for a Modelfile cannot hold its quotation marks.")
-            if self.turns.trims:
-                remarks.append("Send texts without white space around them: the training took it away.")
+            elif self.turns.trims:
+                template, template_of_old = None, template
+                remarks.append(
+                    "No TEMPLATE, for the training took away white space around texts, and a TEMPLATE cannot. Ollama "
+                    "takes the template inside the GGUF, which does."
+                )
         system = self.system
         if system is not None and not can_be_quoted(system):
             system = None
@@ -249,6 +268,7 @@ class Trained:
             system,
             named,
             tuple(remarks),
+            template_of_old,
         )
 
     @cached_property
@@ -273,6 +293,12 @@ class Trained:
         if not self.normalises:
             return asked
         return [{**one, "content": unicodedata.normalize("NFC", one["content"])} for one in asked]
+
+    @property
+    def chats_to_compare(self) -> list[list[Message]]:
+        """Chats whose rendering by a server is held against the training's: real prompts, and every order of turns."""
+        real = [row.prompt for row in self.rows[:_COMPARED_ROWS]]
+        return [*real, *([{"role": role, "content": text} for role, text in chat] for chat in _CHATS)]
 
     @property
     def _adds_bos(self) -> bool:

@@ -124,6 +124,10 @@ class Chat:
         self._refuse_control_tokens(messages)
         return self._render(_as_asked(messages), ask=True)
 
+    def trained_text(self, messages: Sequence[Message]) -> str:
+        """A conversation that ends with an answer, as the student was trained on that answer."""
+        return self._placed(messages)[-1].text
+
     def render(self, messages: Sequence[Message], ask: bool) -> str:
         """A conversation as the template writes it; `ask` ends it where the next answer begins."""
         return str(
