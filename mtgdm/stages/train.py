@@ -618,8 +618,17 @@ _ABOUT_THE_RUN = {
     "report_to",
 }
 """Settings that change nothing about the result."""
-_HOW_NOT_WHAT = {"batch", "grad_accum", "packing", "gradient_checkpointing", "attention", "device_mode"}
-"""Settings that say how a step is computed: which rows it takes stands in the layout."""
+_HOW_NOT_WHAT = {
+    "batch",
+    "grad_accum",
+    "packing",
+    "gradient_checkpointing",
+    "attention",
+    "device_mode",
+    "thoughts",
+}
+"""Settings that say how a step is computed: which rows it takes stands in the layout, whether thoughts are trained in
+the tokens of the rows and in the template."""
 
 
 def _fingerprint(
