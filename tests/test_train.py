@@ -935,7 +935,7 @@ def test_thoughts_are_trained_where_every_row_has_them_and_the_checkpoint_says_s
         thinking("丙", "val", "丙在杭州市。", reasoning_content="先看资料。"),
     )
     printed = "\n".join(trained(workspace, preview=True).printed)
-    assert printed.count("先") >= 3
+    assert printed.count("先") == 2, "once in each row that is shown"
     trained(workspace, max_steps=1, eval_steps=1)
     assert record(workspace)["thoughts"] is True
 
