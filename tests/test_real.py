@@ -131,7 +131,7 @@ def served(gguf: Path) -> Iterator[str]:
                 SERVER,
                 "-m",
                 gguf,
-                *"-c 4096 -np 2 --jinja --temp 0 --repeat-penalty 1 --port".split(),
+                *["-c", "4096", "-np", "2", "--jinja", "--temp", "0", "--repeat-penalty", "1", "--port"],
                 str(port),
             ],
             stdin=subprocess.DEVNULL,
