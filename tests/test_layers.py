@@ -13,7 +13,17 @@ import mtgdm
 
 PACKAGE = Path(mtgdm.__file__).parent
 LAYERS = [
-    {"errors", "processes", "rows", "row_ids", "manifest", "plugins", "shipped"},
+    {
+        "errors",
+        "processes",
+        "file_formats",
+        "row_messages",
+        "rows",
+        "row_ids",
+        "manifest",
+        "plugins",
+        "shipped",
+    },
     {"stage", "estimates", "domain", "profiles", "terminal", "interrupts", "checkpoints"},
     {"tourism", "teachers", "student", "scoring", "evaluation", "export", "charts", "reports"},
     {"stages"},
