@@ -227,7 +227,15 @@ class Context:
     """What a stage may touch beside its settings: the workspace, the terminal, its log, its domain."""
 
     def __init__(
-        self, *, stage: str, workspace: Path, terminal: Terminal, domain: str, profile: str, started: datetime
+        self,
+        *,
+        stage: str,
+        workspace: Path,
+        terminal: Terminal,
+        domain: str,
+        profile: str,
+        started: datetime,
+        may_replace: bool = False,
     ) -> None:
         self.stage = stage
         self.workspace = workspace
@@ -235,6 +243,8 @@ class Context:
         self.domain_name = domain
         self.profile = profile
         self.started = started
+        self.may_replace = may_replace
+        """Whether a finished output may give way to one of other settings: `mtgdm all` says so of what it made."""
 
     @property
     def timestamp(self) -> str:

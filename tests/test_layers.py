@@ -24,7 +24,7 @@ LAYERS = [
         "plugins",
         "shipped",
     },
-    {"stage", "estimates", "domain", "profiles", "terminal", "interrupts", "checkpoints"},
+    {"stage", "estimates", "domain", "profiles", "terminal", "interrupts", "checkpoints", "network"},
     {"tourism", "teachers", "student", "scoring", "evaluation", "export", "charts", "reports"},
     {"stages"},
     {"registry", "pipeline", "doctor", "testing"},
