@@ -33,7 +33,8 @@ _BINARY = (
     (b"version https://git-lfs", "a Git LFS pointer, not the data", "git lfs pull"),
 )
 _OFFICE = (b"[Content_Types].xml", b"xl/", b"word/")
-_PRETTY = re.compile(rb"[{\[]\s*\n")
+# A line that holds nothing but a brace may be one bad line among many; a key behind it makes it an object.
+_PRETTY = re.compile(rb"(?:\{\s*\n\s*\"|\[\s*\n)")
 _YAML = re.compile(r"(?:---\s*$|- |[\w.-]+:(?:\s|$))")
 _PYTHON = re.compile(r"#!.*python|(?:import|from|def|class) \w|\"\"\"")
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -66,6 +67,7 @@ def refuse_other_formats(path: Path, head: bytes, becomes: str) -> None:
 
 def to_lines(name: str, *, array: bool, becomes: str) -> str:
     """The command that makes lines of a JSON array, or of objects that stand over several lines."""
+    becomes = f"lines-{becomes}" if becomes == name else becomes  # the shell empties its target first
     return f"turn it into lines: jq -c '{'.[]' if array else '.'}' {name} > {becomes}"
 
 

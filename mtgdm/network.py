@@ -95,7 +95,8 @@ def _check_proxy(name: str, value: str) -> None:
             f"{name} is '{shown}', and SOCKS needs a package", hint=f"pip install socksio, or {unset}"
         )
     if scheme not in ("http", "https", *_SOCKS):
-        known = f"{name}=socks5://{address.partition('://')[2]}" if scheme.startswith("socks") else unset
+        socks = f"pip install socksio and {name}=socks5://{shown.partition('://')[2]}, or {unset}"
+        known = socks if scheme.startswith("socks") else unset
         raise UserError(f"{name} is '{shown}', and '{scheme}' is no kind of proxy that is known", hint=known)
     if not host:
         raise UserError(f"{name} is '{shown}', which names no host", hint=unset)
@@ -115,8 +116,12 @@ def _check_cache(environment: Mapping[str, str]) -> None:
         if not (value := environment.get(name)):
             continue
         folder = Path(os.path.expandvars(value)).expanduser()
-        there = next((place for place in (folder, *folder.parents) if place.exists()), None)
-        if there is None or not there.is_dir() or not os.access(there, os.W_OK):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            may = os.access(folder, os.W_OK)
+        except OSError:
+            may = False
+        if not may:
             raise UserError(
                 f"{name} is '{value}', where nothing may be written",
                 hint=f"name a folder of your own, or unset {name}",

@@ -368,11 +368,13 @@ def test_an_earlier_result_stays_whole_until_the_next_one_is(workspace: Path) ->
     before = {path.name: path.read_bytes() for path in checkpoint(workspace).iterdir()}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(5, patch)
-        trained(workspace, lr=2e-2)
+        trained(workspace, lr=2e-2, overwrite=True)
     assert {
         path.name: path.read_bytes() for path in checkpoint(workspace).iterdir() if path.is_file()
     } == before
     assert (checkpoint(workspace).parent / "base-lora.manifest.json").is_file()
+    on = trained(workspace, lr=2e-2)
+    assert any("going on from step" in line for line in on.printed)
 
 
 def test_status_knows_how_far_an_interrupted_run_came(workspace: Path) -> None:
@@ -455,7 +457,7 @@ def test_long_rows_are_dropped_or_cut_on_request(workspace: Path) -> None:
     assert any("left out, 0 cut" in line for line in dropped.warnings)
     left = points(workspace, "start")[0]["train_rows"]
     assert 0 < left < 10
-    cut = trained(workspace, max_len=60, too_long="truncate")
+    cut = trained(workspace, max_len=60, too_long="truncate", overwrite=True)
     assert any("0 left out" in line for line in cut.warnings)
     assert points(workspace, "start")[0]["train_rows"] == 10
 
@@ -550,7 +552,7 @@ def test_it_is_told_that_max_steps_decides_and_not_epochs(workspace: Path) -> No
         for line in trained(workspace, epochs=4.0).printed
     )
     for settings in ({"max_steps": 6}, {"max_steps": 0, "epochs": 1.0}):
-        assert not any("decides" in line for line in trained(workspace, **settings).printed)
+        assert not any("decides" in line for line in trained(workspace, overwrite=True, **settings).printed)
 
 
 def test_memory_that_runs_out_names_the_settings_to_change(
@@ -841,7 +843,7 @@ def test_a_finished_training_is_not_done_again_unless_that_is_asked_for(workspac
     assert weights.stat().st_mtime_ns == before
     trained(workspace, overwrite=True)
     assert weights.stat().st_mtime_ns > before
-    anew = trained(workspace, lr=1e-3)
+    anew = trained(workspace, lr=1e-3, overwrite=True)
     assert not any("is finished" in line for line in anew.printed)
 
 
@@ -965,6 +967,6 @@ def test_a_base_that_cannot_be_packaged_as_gguf_is_told_before_the_training(work
         "sliding_window": 512,
     }
     path.write_text(json.dumps(config), encoding="utf-8", newline="\n")
-    (warning,) = trained(workspace, max_steps=1).warnings
+    (warning,) = trained(workspace, max_steps=1, overwrite=True).warnings
     assert "base can be trained, but not packaged as GGUF: its layers attend to a sliding window" in warning
     assert trained(workspace, max_steps=1, ckpt_out=workspace / "unasked", package_check=False).warnings == []

@@ -17,7 +17,7 @@ from mtgdm.checkpoints import ADAPTER_CONFIG, checkpoint_name, hub_id, model_sta
 from mtgdm.errors import UserError
 from mtgdm.manifest import settings_digest
 from mtgdm.rows import Row, Split
-from mtgdm.stage import Context, Input, Output, Result, Runtime, StageConfig, stage
+from mtgdm.stage import Context, Input, Output, Result, Runtime, StageConfig, expanded, stage
 from mtgdm.student.installed import INSTALL, TRAINING
 from mtgdm.student.resume import WholeCheckpoint, remove_checkpoints, whole_checkpoints
 
@@ -139,7 +139,7 @@ class TrainConfig(StageConfig):
     def resolved(self, workspace: Path) -> Self:
         """The same settings with every path absolute, the base named as the Hub does, the checkpoint's folder named."""
         base = self.student_base
-        if not (workspace / Path(base).expanduser()).is_dir():
+        if not (workspace / expanded(Path(base))).is_dir():
             base = hub_id(base)
         named = self.model_copy(
             update={

@@ -140,7 +140,9 @@ def check_vocabulary(folder: Path, base: int, base_name: str, *, tied: bool) -> 
                 held.add(trained[0])
         elif (name := plain_name(key)) is not None and shape[0] == rows:
             held.add(name)
-            if tied and ".base_layer." in key:  # the output layer is what lies under the adapter of the embeddings
+            if (
+                tied and ".base_layer." in key
+            ):  # the output layer is what lies under the adapter of the embeddings
                 held.add(OUTPUT)
     if lacking := sorted({EMBEDDINGS, OUTPUT} - held):
         raise UserError(

@@ -25,6 +25,7 @@ from transformers import (
 from mtgdm import network, processes
 from mtgdm.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, hub_id, json_object, settle
 from mtgdm.errors import SettingError, UserError
+from mtgdm.stage import expanded
 from mtgdm.student import hub_files
 from mtgdm.student.installed import require
 
@@ -110,7 +111,7 @@ def locate(name: str, workspace: Path) -> str:
         if not (folder / "config.json").is_file():
             raise UserError("the tiny base model is not in this installation", where=folder)
         return str(folder)
-    folder = workspace / Path(name).expanduser()
+    folder = workspace / expanded(Path(name))
     if folder.is_dir():
         settle(folder)
         return str(folder)
@@ -365,9 +366,10 @@ def _readable_errors(source: str, name: str) -> Iterator[None]:
             ) from error
         if isinstance(error, OSError | HTTPError):
             raise UserError(
-                f"the model '{name}' is not on this machine and cannot be fetched from the Hugging Face Hub",
-                hint=f"check the name and the network ({network.told() or 'HF_HUB_OFFLINE, HF_ENDPOINT, proxies'}), "
-                f"give a folder that holds the model, or use the offline base: --student-base {TINY}",
+                f"the model '{name}' is not on this machine and cannot be fetched from the Hugging Face Hub"
+                + (f" ({told})" if (told := network.told()) else ""),
+                hint="check the name and the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxies), give a folder that "
+                f"holds the model, or use the offline base: --student-base {TINY}",
             ) from error
         raise UserError(f"the model '{name}' cannot be loaded: {_first_line(error)}") from error
 
