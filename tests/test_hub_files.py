@@ -110,5 +110,5 @@ def test_a_variable_that_cannot_work_is_named_before_the_hub_is_asked(
     snapshot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.example")
-    with pytest.raises(UserError, match="HF_ENDPOINT is 'hf-mirror.example'"):
+    with pytest.raises(UserError, match=r"HF_ENDPOINT is 'hf-mirror.example'"):
         base.load_tokenizer("me/other", "me/other")

@@ -35,9 +35,9 @@ def test_a_variable_that_cannot_work_is_named_with_its_value(variable: str, valu
 def test_a_file_without_certificates_and_a_cache_below_a_file_are_named(tmp_path: Path) -> None:
     file = tmp_path / "ca.pem"
     file.write_text("no certificate", encoding="utf-8")
-    with pytest.raises(UserError, match="SSL_CERT_FILE is .* no certificate can be read"):
+    with pytest.raises(UserError, match=r"SSL_CERT_FILE is .* no certificate can be read"):
         network.check({"SSL_CERT_FILE": str(file)})
-    with pytest.raises(UserError, match="HF_HOME is .* nothing may be written"):
+    with pytest.raises(UserError, match=r"HF_HOME is .* nothing may be written"):
         network.check_hub({"HF_HOME": str(file / "cache")})
 
 
