@@ -24,6 +24,7 @@ LAYERS = [
         "manifest",
         "plugins",
         "shipped",
+        "thoughts",
     },
     {
         "stage",

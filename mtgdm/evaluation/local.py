@@ -130,7 +130,8 @@ class Local(Student):
                 self.weights.source, name, workspace, base_source=self.weights.base_source
             )
         if self.weights.training is not None:
-            self.weights.training.check_template(self._chat.fingerprint)
+            self.weights.training.check_chat(self._chat)
+            self.may_think = self.weights.training.thoughts
         self._prompts = {row.id: prompt_ids(self._chat, row) for row in rows}
         self.max_new_tokens = max_new_tokens or answer_limit(self._chat, references)
         self._model: Any = None

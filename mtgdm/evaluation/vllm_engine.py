@@ -59,7 +59,8 @@ class Vllm(Student):
             self.weights.source, name, workspace, base_source=self.weights.base_source
         )
         if self.weights.training is not None:
-            self.weights.training.check_template(chat.fingerprint)
+            self.weights.training.check_chat(chat)
+            self.may_think = self.weights.training.thoughts
         self._prompts = {row.id: prompt_ids(chat, row) for row in rows}
         self.max_new_tokens = max_new_tokens or answer_limit(chat, references)
         self._end_of_turn = chat.end_of_turn

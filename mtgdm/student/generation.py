@@ -187,12 +187,14 @@ def end_tokens(model: PreTrainedModel | PeftModel, chat: Chat) -> list[int]:
 def load_chat(source: str, name: str, workspace: Path, *, base_source: str | None = None) -> Chat:
     """The tokenizer and template of a model; an adapter without its own speaks as its base does.
 
-    `base_source` is where the base lies, if not where the adapter says.
+    `base_source` is where the base lies, if not where the adapter says. Whether it writes its thoughts says its
+    training; of a model that mtgdm has not trained, its template.
     """
+    thoughts = base.writes_thoughts(source)
     if base.is_adapter(source) and not adapter_files.has_tokenizer(Path(source)):
         name = base.base_of(source)
         source = base_source or base.locate(name, workspace)
-    return Chat(base.load_tokenizer(source, name), name)
+    return Chat(base.load_tokenizer(source, name), name, thoughts=thoughts)
 
 
 def load(
