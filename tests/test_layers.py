@@ -13,8 +13,30 @@ import mtgdm
 
 PACKAGE = Path(mtgdm.__file__).parent
 LAYERS = [
-    {"errors", "processes", "rows", "row_ids", "manifest", "plugins", "shipped", "thoughts"},
-    {"stage", "estimates", "domain", "profiles", "terminal", "interrupts", "checkpoints"},
+    {
+        "errors",
+        "processes",
+        "file_formats",
+        "remarks",
+        "row_messages",
+        "rows",
+        "row_ids",
+        "manifest",
+        "plugins",
+        "shipped",
+        "thoughts",
+    },
+    {
+        "stage",
+        "estimates",
+        "domain",
+        "profile_yaml",
+        "profiles",
+        "terminal",
+        "interrupts",
+        "checkpoints",
+        "network",
+    },
     {"tourism", "teachers", "student", "scoring", "evaluation", "export", "charts", "reports"},
     {"stages"},
     {"registry", "pipeline", "doctor", "testing"},

@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from safetensors.torch import save_file
+
 from mtgdm import __version__, rows
+from mtgdm.checkpoints import ADAPTER_FILE
 from mtgdm.errors import UserError
 from mtgdm.export import disk, folder, gguf, lora, lora_gguf, merge, parity, readback
 from mtgdm.export.card import ADAPTER, Card, File, proof_cells
@@ -20,14 +23,14 @@ from mtgdm.export.parity import Proof
 from mtgdm.export.trained import Trained
 from mtgdm.rows import Row
 from mtgdm.stage import Context
+from mtgdm.student import adapter_files
 
 PROOF_ROWS = 6
 """About so many rows a GGUF is compared on, as many of each prompt type."""
 
 _ADAPTER_CONFIG, _TRAINING = "adapter_config.json", "training.json"
 _TEMPLATE = "chat_template.jinja"
-_ADAPTER_FILES = (
-    "adapter_model.safetensors",
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -213,9 +216,14 @@ def proof_rows(answered: Sequence[Row]) -> list[Row]:
 
 def _copy_adapter(student: Trained, folder_: Path) -> None:
     folder_.mkdir()
-    for name in _ADAPTER_FILES:
-        if (student.checkpoint / name).is_file():
-            shutil.copyfile(student.checkpoint / name, folder_ / name)
+    weights = adapter_files.weights_file(student.checkpoint)
+    if weights.suffix == ".bin":
+        save_file(adapter_files.tensors(student.checkpoint), folder_ / ADAPTER_FILE)
+    else:
+        shutil.copyfile(weights, folder_ / ADAPTER_FILE)
+    for name in _TOKENIZER_FILES:
+        if (student.tokenizer_folder / name).is_file():
+            shutil.copyfile(student.tokenizer_folder / name, folder_ / name)
     adapter = lora.config_of(student.checkpoint)
     if student.revision is not None and adapter.get("revision") is None:
         adapter["revision"] = student.revision  # of the base: another one would be another model

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
+from mtgdm.checkpoints import full_precision
 from mtgdm.errors import UserError
 from mtgdm.export import disk, lora
 from mtgdm.export.lora import Lora
@@ -32,7 +33,9 @@ from mtgdm.export.weights import (
     width,
     write_shards,
 )
-from mtgdm.student.base import folder_of, load_config, load_model, place
+from mtgdm.student import adapter_files
+from mtgdm.student.adapter_files import EMBEDDINGS, OUTPUT
+from mtgdm.student.base import at_hand, folder_of, load_config, load_model, place
 from mtgdm.student.chat import Chat
 from mtgdm.student.generation import with_adapter
 
@@ -43,7 +46,6 @@ LOGIT_LIMIT = 1e-3
 MEMORY_SHARE = 0.5
 """The logits are compared where base and merged model in float32 take less than this share of the free memory."""
 _PROBE_SHAPE = (4, 64)
-_EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,19 @@ def merge(
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"the base {name} is stored quantized, and an adapter is merged into full precision",
-            hint="`base_model` in training.json may name the model in full precision that it was made from",
+            hint="name the model that it was made from: --base-model "
+            + (full_precision(name) or "NAME, in full precision"),
         )
-    merger = _Merger(Weights(folder_of(base, name)), adapter, config, _dtype(base, name, dtype))
-    adapter.check({one: stored.shape for one, stored in merger.stored.items()}, name, checkpoint)
+    weights = Weights(folder_of(base, name))
+    if EMBEDDINGS in weights.stored:
+        known = weights.stored[EMBEDDINGS].shape[0]
+        tied = bool(config.tie_word_embeddings)
+        config.vocab_size = adapter_files.check_vocabulary(checkpoint, known, name, tied=tied)
+    merger = _Merger(weights, adapter, config, dtype_of(base, name, dtype))
+    shapes = {one: stored.shape for one, stored in merger.stored.items()}
+    if config.tie_word_embeddings:
+        shapes[OUTPUT] = shapes[EMBEDDINGS]
+    adapter.check(shapes, name, checkpoint)
     parameters = sum(stored.numbers for stored in merger.stored.values())
     unproved = _too_large(parameters)
     difference, agreement = (None, None) if unproved else _prove(merger, checkpoint, base, name)
@@ -100,7 +111,7 @@ def merge(
 def merged_bytes(base: str, dtype: Dtype, *, name: str = "") -> int:
     """How much room the merged model takes on disk."""
     weights = Weights(folder_of(base, name or base))
-    wanted = named_dtype(_dtype(base, name or base, dtype))
+    wanted = named_dtype(dtype_of(base, name or base, dtype))
     return sum(stored.numbers for stored in weights.stored.values()) * width(wanted)
 
 
@@ -108,13 +119,15 @@ class _Merger:
     """The tensors of the merged model, each made when it is asked for."""
 
     def __init__(self, weights: Weights, adapter: Lora, config: PretrainedConfig, dtype: torch.dtype) -> None:
+        if config.tie_word_embeddings and EMBEDDINGS in adapter.pairs and EMBEDDINGS in adapter.replaced:
+            # The output layer is what lies under the adapter of the embeddings.
+            under = {OUTPUT: adapter.replaced[EMBEDDINGS], **adapter.replaced}
+            adapter = replace(adapter, replaced=under)
         self.weights = weights
         self.adapter = adapter
         self.config = config
         self.dtype = dtype
-        self._part_ways = bool(config.tie_word_embeddings) and any(
-            adapter.changes(one) for one in (_EMBEDDINGS, _OUTPUT)
-        )
+        self._part_ways = bool(config.tie_word_embeddings) and adapter.part_ways(EMBEDDINGS, OUTPUT)
         if self._part_ways:
             # An adapter on one of two tied matrices: the merged ones differ, so each needs a place of its own.
             config.tie_word_embeddings = False
@@ -125,9 +138,15 @@ class _Merger:
         """What the base holds, with the output apart where it has to be written apart."""
         found = dict(self.weights.stored)
         if self._part_ways:
-            found.setdefault(_OUTPUT, found[_EMBEDDINGS])
-        elif self.config.tie_word_embeddings:
-            found.pop(_OUTPUT, None)
+            found.setdefault(OUTPUT, found[EMBEDDINGS])
+        for name in (EMBEDDINGS, OUTPUT):
+            if name in found:
+                stored = found[name]
+                found[name] = replace(stored, shape=(self.config.vocab_size, *stored.shape[1:]))
+        if self._part_ways:
+            return found
+        if self.config.tie_word_embeddings:
+            found.pop(OUTPUT, None)
         return found
 
     @property
@@ -140,8 +159,10 @@ class _Merger:
 
     def exact(self, name: str) -> torch.Tensor:
         """A tensor in float32, before the cast."""
-        source = name if name in self.weights.stored else _EMBEDDINGS
-        return self.adapter.tensor(name, self.weights.tensor(source))
+        source = name if name in self.weights.stored else EMBEDDINGS
+        tensor = self.adapter.tensor(name, self.weights.tensor(source))
+        # Of a vocabulary that was cut for the training, what was not trained is cut too.
+        return tensor[: self.config.vocab_size] if name in (EMBEDDINGS, OUTPUT) else tensor
 
     def cast(self, name: str) -> torch.Tensor:
         """A tensor as it is written; UserError where it is no number, or none in that dtype."""
@@ -154,13 +175,18 @@ class _Merger:
         return cast
 
 
-def _dtype(base: str, name: str, wanted: Dtype) -> torch.dtype:
-    """The dtype asked for; `auto` is the one the base is stored in."""
+def dtype_of(base: str, name: str, wanted: str) -> torch.dtype:
+    """The dtype asked for; `auto` is the one that most of the base's bytes are stored in.
+
+    Of a base that is not at hand it is what its config.json says, which need not say anything.
+    """
     if wanted != "auto":
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
-    stored = load_config(base, name).dtype
-    return stored if isinstance(stored, torch.dtype) else torch.bfloat16
+    if (folder := at_hand(base)) is not None and (stored := Weights(folder).main_dtype) is not None:
+        return stored
+    declared = load_config(base, name).dtype
+    return declared if isinstance(declared, torch.dtype) else torch.bfloat16
 
 
 # --- proof ---------------------------------------------------------------------------------------

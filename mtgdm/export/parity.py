@@ -131,7 +131,7 @@ def prove_all(
     gets a 1 after every row of every file.
     """
     config = json_object(merged / "config.json")
-    chat = generation.load_chat(str(checkpoint), name, workspace)
+    chat = generation.load_chat(str(checkpoint), name, workspace, base_source=base)
     longest = max((len(chat.tokens(chat.trained_text(row.messages))) for row in rows), default=0)
     if reason := _not_provable(files, longest, config, merged):
         return [Proof(reason=reason) for _ in files]
