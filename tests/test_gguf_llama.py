@@ -254,11 +254,15 @@ def test_a_file_with_other_tokens_is_found_out(student: Student, tmp_path: Path)
     other = Path(shutil.copytree(student.merged, tmp_path / "other"))
     tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["杭"], vocabulary["0"] = vocabulary["0"], vocabulary["杭"]
+    with quiet():
+        from transformers import AutoTokenizer
+
+        one, *_, two = AutoTokenizer.from_pretrained(other).tokenize("temple was built")
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     file = written(dataclasses.replace(student, merged=other), tmp_path / "f32.gguf")
     (proof,) = prove(student, [file])
-    assert proof.failures("f32") == ["1 of 2 rows have other tokens"]
+    assert any("rows have other tokens" in failure for failure in proof.failures("q4_k_m", "bfloat16"))
 
 
 def test_a_file_that_cannot_be_loaded_is_one_line(student: Student, tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtgdm.export import architectures, build, parity, quantize
+from mtgdm.export import build, engines, parity, quantize
 from mtgdm.export.gguf import convert
 from mtgdm.export.merge import merge
 from mtgdm.export.parity import Proof
 from mtgdm.rows import Row
 from mtgdm.student.noise import quiet
-from tests.families import PLAIN, SHAPE, make_checkpoint, make_family
+from tests.families import SHAPE, make_checkpoint, make_family
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -52,12 +52,12 @@ ROWS = [row("西湖在杭州市，始建于1089年。"), row("It's in Hangzhou �
 
 
 def proved(
-    kind: str, folder: Path, rows: Sequence[Row] = ROWS, *, seed: int = 1, quant: str = "f32", **shape: Any
+    kind: str, folder: Path, rows: Sequence[Row] = ROWS, *, seed: int = 1, quant: str = "f32"
 ) -> Proof:
     """The proof of a file made of a checkpoint of seed 1 against one of another seed."""
     from mtgdm.student.base import load_tokenizer
 
-    base = make_family(folder / "base", kind, **shape)
+    base = make_family(folder / "base", kind)
     checkpoint = make_checkpoint(folder / "checkpoint", base)
     asked = make_checkpoint(folder / "asked", base, seed=seed)
     with quiet():
@@ -169,11 +169,11 @@ def test_a_model_that_does_not_fit_in_float32_is_proved_layer_by_layer_without_g
     assert "greedy answers not compared" in str(proof)
 
 
-def test_a_file_with_the_rows_of_q_and_k_in_the_wrong_order_is_found_out(
+def test_a_file_that_is_read_without_the_factors_of_its_rotation_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(architectures, "interleaved", lambda found, name: False)
-    failures = proved("llama3", tmp_path, rope=PLAIN).failures("q8_0", "bfloat16")
+    monkeypatch.setattr(engines, "read_rightly_by_transformers", lambda config: True)
+    failures = proved("llama3", tmp_path).failures("q8_0", "bfloat16")
     assert any("mean KL" in failure for failure in failures)
 
 

@@ -28,6 +28,8 @@ EngineName = Literal["llama.cpp", "transformers"]
 
 READ_AT_ONCE = 512
 """Tokens that llama.cpp reads at once: more hardly helps it, fewer cost it time."""
+_LOOK_S = 0.25
+"""So long it is looked at what others compute."""
 LOGITS_AT_ONCE = 64
 """Positions whose logits it gives at once: with 150,000 tokens each of them takes 0.6 MB in float32."""
 
@@ -200,13 +202,25 @@ def _parts(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + size, end)) for first in range(begin, end, size))
 
 
-def threads() -> int:
-    """The physical cores that this process may use.
-
-    llama.cpp's threads wait for one another by spinning: with more than one a core a machine crawls.
-    """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> int:
+    """The physical cores that this process may use."""
+    allowed = len(_allowed())
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def _allowed() -> Sequence[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def _threads() -> int:
+    """As many as there are cores that nobody else uses just now.
+
+    llama.cpp's threads wait for one another by spinning: on two cores that others kept busy, two threads took twice
+    the processor time of one, and twice to three times as long.
+    """
+    busy = psutil.cpu_percent(_LOOK_S, percpu=True)
+    idle = sum(1 - busy[core] / 100 for core in _allowed() if core < len(busy))
+    return max(1, min(cores(), round(idle)))
 
 
 @contextmanager
@@ -217,13 +231,14 @@ def opened(file: Path, chat: Chat, positions: int) -> Iterator[tuple[EngineName,
         return
     import llama_cpp
 
+    threads = _threads()
     with quantize.log() as said:
         try:
             llama = llama_cpp.Llama(
                 str(file),
                 n_ctx=positions,
-                n_threads=threads(),
-                n_threads_batch=threads(),
+                n_threads=threads,
+                n_threads_batch=threads,
                 n_batch=READ_AT_ONCE,
                 type_k=llama_cpp.GGML_TYPE_F32,
                 type_v=llama_cpp.GGML_TYPE_F32,

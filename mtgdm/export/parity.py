@@ -174,7 +174,7 @@ def prove_all(
     chat = generation.load_chat(str(checkpoint), name, workspace)
     longest = max((len(chat.tokens(chat.text(row.messages, ask=False))) for row in rows), default=0)
     need = Need(parameters, config, len(rows), longest)
-    reasons = [_not_provable(file, need, config) for file in files]
+    reasons = [not_provable(file.stat().st_size, need, config) for file in files]
     if all(reasons):
         return [Proof(reason=reason) for reason in reasons]
     note("loading the trained model")
@@ -199,7 +199,8 @@ def _proof(
         return compare(asked, engine, name, advance)
 
 
-def _not_provable(file: Path, need: Need, config: Mapping[str, Any]) -> str | None:
+def not_provable(size: int, need: Need, config: Mapping[str, Any]) -> str | None:
+    """Why a file of so many bytes cannot be compared with the trained model here."""
     if need.rows == 0:
         return "there are no rows of the split val to compare on"
     if not quantize.is_installed() and not engines.read_rightly_by_transformers(config):
@@ -207,11 +208,16 @@ def _not_provable(file: Path, need: Need, config: Mapping[str, Any]) -> str | No
             "llama-cpp-python is not installed, and transformers reads GGUF files of this model wrongly: "
             f"{quantize.INSTALL}"
         )
-    needed = max(need.layered, need.of_file(file.stat().st_size))
+    needed = max(need.layered, need.of_file(size))
     free = psutil.virtual_memory().available
     if needed > _MEMORY_SHARE * free:
         return f"the proof takes {needed / 2**30:,.1f} GiB of memory, of which {free / 2**30:,.1f} are free"
     return None
+
+
+def fits_in_memory(need: Need) -> bool:
+    """Whether the CPU's memory holds the trained model in float32."""
+    return need.whole <= _MEMORY_SHARE * psutil.virtual_memory().available
 
 
 @dataclass(frozen=True)
@@ -232,9 +238,13 @@ class Need:
     @property
     def layered(self) -> int:
         """The trained model, of which one layer is in float32 at a time."""
+        return 4 * self.largest_layer + self._work
+
+    @property
+    def largest_layer(self) -> int:
+        """Weights of the embeddings, or of a decoder layer."""
         embeddings = self._vocabulary * int(self.config["hidden_size"])
-        layer = (self.parameters - embeddings) // int(self.config["num_hidden_layers"])
-        return 4 * max(embeddings, layer) + self._work
+        return max(embeddings, (self.parameters - embeddings) // int(self.config["num_hidden_layers"]))
 
     def of_file(self, size: int) -> int:
         """A file of so many bytes, beside the logits of the trained model."""
@@ -300,7 +310,7 @@ def _placement(need: Need, source: str, name: str) -> tuple[bool, Placement]:
         if need.whole <= _MEMORY_SHARE * torch.cuda.mem_get_info()[0]:
             return True, in_float32
         in_float32 = place("cpu")
-    if need.whole <= _MEMORY_SHARE * psutil.virtual_memory().available:
+    if fits_in_memory(need):
         return True, in_float32
     return False, widening.as_stored(source, name)
 
