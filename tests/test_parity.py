@@ -187,6 +187,25 @@ def test_the_rows_that_a_file_is_proved_on_are_the_shortest_of_each_type() -> No
     assert len(build.proof_rows([row("答")] * 9)) == build.PROOF_ROWS
 
 
+@pytest.mark.parametrize(
+    ("busy", "threads"),
+    [
+        ([0, 0, 0, 0, 0, 0], 2),
+        ([5, 2, 9, 1, 99, 99], 2),
+        ([95, 60, 90, 70, 0, 0], 1),
+        ([99, 99, 99, 99, 0, 0], 1),
+    ],
+)
+def test_llama_cpp_takes_the_cores_that_are_idle(
+    busy: list[float], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of six processors this process may use four, which are two cores."""
+    monkeypatch.setattr(engines, "_allowed", lambda: range(4))
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 2)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval, percpu: busy)
+    assert engines._threads() == threads
+
+
 def test_the_memory_hardly_grows_with_the_row_and_counts_what_transformers_holds_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

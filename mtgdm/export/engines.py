@@ -83,15 +83,18 @@ class InTorch:
 
     def last_logits(self, sequences: Sequence[list[int]], positions: int) -> list[Array]:
         """The logits of the last so many positions of each sequence, of shorter ones of all: one forward pass."""
-        logits, _, _ = self._read(sequences, positions)
+        logits = self._step(*self._batch(sequences), None, positions)
         return [
             one[-min(positions, len(ids)) :].cpu().numpy() for one, ids in zip(logits, sequences, strict=True)
         ]
 
     def continued(self, prompts: Sequence[list[int]], positions: int, most: int) -> list[Continued]:
         """The likeliest tokens after each prompt, at most so many, and the logits they were taken from."""
-        logits, mask, cache = self._read(prompts, positions)
-        parts = [logits]
+        ids, mask = self._batch(prompts)
+        # Made without the model's configuration it keeps all positions, also of layers with a window.
+        cache = DynamicCache()
+        parts = [self._step(ids, mask, cache, positions)]
+        read = parts[0].shape[1]
         written: list[list[int]] = [[] for _ in prompts]
         while True:
             likeliest = parts[-1][:, -1].argmax(-1)
@@ -104,16 +107,14 @@ class InTorch:
             parts.append(self._step(likeliest.unsqueeze(1), mask, cache, 1))
         every = torch.cat(parts, dim=1)
         return [
-            Continued(tokens, _placed(row, logits.shape[1], min(positions, len(prompt)), len(tokens)))
+            Continued(tokens, _placed(row, read, min(positions, len(prompt)), len(tokens)))
             for row, tokens, prompt in zip(every, written, prompts, strict=True)
         ]
 
-    def _read(self, sequences: Sequence[list[int]], positions: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Logits of the last positions of a batch that is padded on the left, its mask and its cache."""
-        ids, mask = (one.to(self._model.device) for one in generation.padded(sequences, self._pad))
-        # Made without the model's configuration it keeps all positions, also of layers with a window.
-        cache = DynamicCache()
-        return self._step(ids, mask, cache, positions), mask, cache
+    def _batch(self, sequences: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and mask, padded on the left."""
+        ids, mask = generation.padded(sequences, self._pad)
+        return ids.to(self._model.device), mask.to(self._model.device)
 
     def _step(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, positions: int) -> torch.Tensor:
         places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -123,7 +124,7 @@ class InTorch:
                 attention_mask=mask,
                 position_ids=places,
                 past_key_values=cache,
-                use_cache=True,
+                use_cache=cache is not None,
                 logits_to_keep=positions,
             )
         logits: torch.Tensor = step.logits.float()
@@ -205,7 +206,8 @@ def _parts(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
 def cores() -> int:
     """The physical cores that this process may use."""
     allowed = len(_allowed())
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+    physical: int = psutil.cpu_count(logical=False) or allowed
+    return max(1, min(allowed, physical))
 
 
 def _allowed() -> Sequence[int]:

@@ -47,7 +47,7 @@ def _proof(need: Need, sizes: Sequence[int], config: Mapping[str, Any]) -> dict[
         return None
     if reason := parity.not_provable(max(sizes), need, config):
         return {"unproved": reason}
-    whole = parity.fits_in_memory(need)
+    whole = parity.place_of_whole(need) is not None
     most = max(need.whole if whole else need.layered, *(need.of_file(size) for size in sizes))
     return {
         "hours": _hours(_proof_s(need, len(sizes), whole)),

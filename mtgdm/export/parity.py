@@ -215,9 +215,14 @@ def not_provable(size: int, need: Need, config: Mapping[str, Any]) -> str | None
     return None
 
 
-def fits_in_memory(need: Need) -> bool:
-    """Whether the CPU's memory holds the trained model in float32."""
-    return need.whole <= _MEMORY_SHARE * psutil.virtual_memory().available
+def place_of_whole(need: Need) -> Placement | None:
+    """Where the trained model fits in float32: on a GPU, else on the CPU; None where it does not."""
+    found = place("auto", "float32")
+    if not found.on_cpu:
+        if need.whole <= _MEMORY_SHARE * torch.cuda.mem_get_info()[0]:
+            return found
+        found = place("cpu")
+    return found if need.whole <= _MEMORY_SHARE * psutil.virtual_memory().available else None
 
 
 @dataclass(frozen=True)
@@ -268,7 +273,7 @@ class Need:
 
     @property
     def _cache(self) -> int:
-        """The keys and values of one row in float32, and of those that are answered at once."""
+        """The keys and values in float32 of the rows that are answered at once."""
         heads = int(self.config.get("num_key_value_heads") or self.config["num_attention_heads"])
         layers = int(self.config["num_hidden_layers"])
         positions = GREEDY_ROWS * (self.longest + ANSWER_TOKENS)
@@ -289,7 +294,8 @@ def _asked(
     note: Callable[[str], None],
 ) -> list[Asked]:
     """What the trained model makes of the rows; it is gone from memory afterwards."""
-    whole, placement = _placement(need, source, name)
+    whole = place_of_whole(need)
+    placement = whole or widening.as_stored(source, name)
     model = generation.with_adapter(load_model(source, name, placement), str(checkpoint), name)
     trained = InTorch(generation.ready(model), chat)
     greedy = GREEDY_ROWS if whole else 0
@@ -301,18 +307,6 @@ def _asked(
                 asked += answers(trained, chat, group)
                 advance(len(group))
     return asked
-
-
-def _placement(need: Need, source: str, name: str) -> tuple[bool, Placement]:
-    """Where the trained model computes, and whether it fits there in float32: on a GPU, else on the CPU."""
-    in_float32 = place("auto", "float32")
-    if not in_float32.on_cpu:
-        if need.whole <= _MEMORY_SHARE * torch.cuda.mem_get_info()[0]:
-            return True, in_float32
-        in_float32 = place("cpu")
-    if fits_in_memory(need):
-        return True, in_float32
-    return False, widening.as_stored(source, name)
 
 
 def _written(trained: InTorch, chat: Chat, rows: Sequence[Row]) -> list[Asked]:
