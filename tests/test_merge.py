@@ -198,14 +198,9 @@ def test_a_base_whose_files_name_its_weights_otherwise_is_merged_and_plainly_unp
         from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
         tokenizer = make_tokenizer("qwen")
-        shape = {
-            **SHAPE,
-            "head_dim": 16,
-            "moe_intermediate_size": 32,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-        }
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), **shape))
+        shape: dict[str, Any] = {**SHAPE, "head_dim": 16, "vocab_size": len(tokenizer)}
+        shape |= {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
         model.save_pretrained(tmp_path / "base")
         tokenizer.save_pretrained(tmp_path / "base")
     checkpoint = make_checkpoint(tmp_path / "checkpoint", tmp_path / "base", target_modules=["q_proj"])

@@ -221,7 +221,7 @@ def _threads() -> int:
     the processor time of one, and twice to three times as long.
     """
     busy = psutil.cpu_percent(_LOOK_S, percpu=True)
-    idle = sum(1 - busy[core] / 100 for core in _allowed() if core < len(busy))
+    idle: float = sum(1 - busy[core] / 100 for core in _allowed() if core < len(busy))
     return max(1, min(cores(), round(idle)))
 
 

@@ -10,14 +10,14 @@ from mtgdm.export import build, engines, gguf, parity, quantize
 from mtgdm.export.parity import Need
 from mtgdm.export.trained import Trained
 
-_CONVERTED_PER_S = 40e6
-"""Weights that a core reads, encodes and reads back in a second."""
-_OPERATIONS_PER_S = 50e9
-"""Multiplications and additions of a core in float32, in products of matrices."""
-_BYTES_PER_S = 8e9
-"""Of weights read from memory for each token that is written, by all cores together."""
-_LOADED_PER_S = 100e6
-"""Weights a second of a model that is loaded and widened, or of a file that transformers reads."""
+_CONVERTED_PER_S = 25e6
+"""Weights that a core merges with their proof, or encodes and reads back, in a second."""
+_TRAINED_PER_S, _FILE_PER_S = 80e9, 40e9
+"""Multiplications and additions of a core: of the trained model in float32, and of a file, by either engine."""
+_WIDENED_PER_S, _DECODED_PER_S = 150e6, 60e6
+"""Weights a second of the trained model that is loaded in float32, and of a file that transformers reads."""
+_BYTES_PER_S = 10e9
+"""Of weights that a core reads from memory for each token that is written."""
 _RANGE = (0.5, 2.0)
 """The paces are those of a Xeon of 2023 with AVX-512 and a real model of 0.5 billion weights; other machines differ."""
 _BYTES_A_NUMBER = 12
@@ -57,16 +57,16 @@ def _proof(need: Need, sizes: Sequence[int], config: Mapping[str, Any]) -> dict[
 
 
 def _conversion_s(parameters: int, files: int) -> float:
-    """Merged and read a few times for its own proof, then every file written and read back."""
     return parameters * (1 + files) / _CONVERTED_PER_S / engines.cores()
 
 
 def _proof_s(need: Need, files: int, whole: bool) -> float:
-    read = need.parameters / _LOADED_PER_S
-    compute = 2 * need.parameters * need.rows * need.longest / _OPERATIONS_PER_S / engines.cores()
+    """The trained model is loaded, reads and writes; each file is loaded and reads."""
+    operations = 2 * need.parameters * need.rows * need.longest
     written = parity.ANSWER_TOKENS * 4 * need.parameters / _BYTES_PER_S if whole else 0.0
-    slower = 1.0 if quantize.is_installed() else 2.0
-    return read + compute + written + files * (slower * read + compute)
+    trained = (operations / _TRAINED_PER_S + written) / engines.cores() + need.parameters / _WIDENED_PER_S
+    loaded = 0.0 if quantize.is_installed() else need.parameters / _DECODED_PER_S
+    return trained + files * (operations / _FILE_PER_S / engines.cores() + loaded)
 
 
 def _hours(seconds: float) -> Expected:
