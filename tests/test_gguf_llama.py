@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import random
+import shutil
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 from mtgdm.errors import UserError
-from mtgdm.export import disk, engines, parity, quantize
+from mtgdm.export import architectures, disk, engines, parity, quantize
 from mtgdm.export.gguf import QUANTS, convert
 from mtgdm.export.lora_gguf import convert_adapter
 from mtgdm.export.merge import merge
@@ -121,22 +123,24 @@ def test_a_float32_file_answers_like_base_and_adapter(student: Student, tmp_path
     assert proof.failures("f32") == []
 
 
-def test_logits_in_parts_are_those_of_the_whole_row(student: Student, tmp_path: Path) -> None:
+def test_logits_in_parts_are_those_of_the_whole_row(
+    student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "READ_AT_ONCE", 40)
+    monkeypatch.setattr(engines, "LOGITS_AT_ONCE", 30)
     file = written(student, tmp_path / "f32.gguf")
-    ids = [5 + place % 300 for place in range(2 * engines.POSITIONS_AT_ONCE + 7)]
+    ids = [5 + place % 300 for place in range(167)]
     whole = llama(file)
     whole.eval(ids)
     with engines.opened(file, generation.load_chat(str(student.checkpoint), "base", tmp_path), 256) as (
         _,
         engine,
     ):
-        parts = [part.copy() for part in engine.logits(ids)]
-        again = [part.copy() for part in engine.logits(ids)]
-        greedy = engine.greedy(ids, 4)
-    assert [len(part) for part in parts] == [engines.POSITIONS_AT_ONCE, engines.POSITIONS_AT_ONCE, 7]
-    assert abs(np.concatenate(parts) - whole.scores[: len(ids)]).max() < 1e-3
+        parts = [part.copy() for part in engine.logits(ids, 100)]
+        again = [part.copy() for part in engine.logits(ids, 100)]
+    assert [len(part) for part in parts] == [30, 30, 7]
+    assert abs(np.concatenate(parts) - whole.scores[100 : len(ids)]).max() < 1e-3
     assert (np.concatenate(parts) == np.concatenate(again)).all(), "a row does not see the one before"
-    assert greedy[:1] == [whole.scores[len(ids) - 1].argmax()][: len(greedy)]
 
 
 def test_300_strings_have_the_same_tokens(student: Student, tmp_path: Path) -> None:
@@ -227,6 +231,39 @@ def test_a_file_of_another_student_is_found_out(student: Student, tmp_path: Path
     other = made(student.base, tmp_path / "other", seed=2)
     (proof,) = prove(other, [written(student, tmp_path / "f32.gguf")])
     assert any("mean KL" in failure for failure in proof.failures("q4_k_m", "bfloat16"))
+
+
+def test_a_file_without_the_factors_of_its_rotation_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = made(make_family(tmp_path / "base", "llama3"), tmp_path)
+    monkeypatch.setattr(architectures, "rope_factors", lambda config: None)
+    (proof,) = prove(student, [written(student, tmp_path / "f32.gguf")])
+    assert any("mean KL" in failure for failure in proof.failures("q8_0", "bfloat16"))
+
+
+def test_a_file_with_the_rows_of_q_and_k_in_the_wrong_order_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = made(make_family(tmp_path / "base", "llama3"), tmp_path)
+    monkeypatch.setattr(architectures, "interleaved", lambda found, name: False)
+    (proof,) = prove(student, [written(student, tmp_path / "f32.gguf")])
+    assert any("mean KL" in failure for failure in proof.failures("q4_k_m", "bfloat16"))
+
+
+def test_a_file_with_other_tokens_is_found_out(student: Student, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(student.merged, tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    with quiet():
+        from transformers import AutoTokenizer
+
+        one, *_, two = AutoTokenizer.from_pretrained(other).tokenize("temple was built")
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    file = written(dataclasses.replace(student, merged=other), tmp_path / "f32.gguf")
+    (proof,) = prove(student, [file])
+    assert any("rows have other tokens" in failure for failure in proof.failures("q4_k_m", "bfloat16"))
 
 
 def test_a_file_that_cannot_be_loaded_is_one_line(student: Student, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -25,8 +26,8 @@ from mtgdm.rows import Row
 from mtgdm.stage import Context
 from mtgdm.student import adapter_files
 
-PROOF_ROWS = 6
-"""About so many rows a GGUF is compared on, as many of each prompt type."""
+PROOF_ROWS = 3
+"""So many rows at least a GGUF is compared on, as many of each prompt type."""
 
 _ADAPTER_CONFIG, _TRAINING = "adapter_config.json", "training.json"
 _TEMPLATE = "chat_template.jinja"
@@ -162,8 +163,7 @@ def _proved(
     if not paths:
         return []
     chosen = proof_rows(student.rows)
-    with context.progress(len(chosen) * len(paths), "rows") as bar:
-        bar.note("comparing with the trained model")
+    with context.progress(len(chosen) * (1 + len(paths)), "rows") as bar:
         proofs = parity.prove_all(
             paths,
             student.checkpoint,
@@ -173,6 +173,7 @@ def _proved(
             workspace=context.workspace,
             merged=folder_,
             advance=bar.advance,
+            note=bar.note,
         )
     context.terminal.table(
         ["type", "compared by", "#tokens equal", "#mean KL", "#top-1", "#greedy equal"],
@@ -206,12 +207,17 @@ def _refuse_others(proofs: Mapping[str, Proof], paths: Sequence[Path], dtype: st
 
 
 def proof_rows(answered: Sequence[Row]) -> list[Row]:
-    """The rows that a GGUF is proved on: the first of each prompt type."""
+    """The rows that a GGUF is proved on: the shortest of each prompt type, one of each type before a second."""
     by_type: dict[str | None, list[Row]] = {}
     for row in answered:
         by_type.setdefault(row.type, []).append(row)
     share = -(-PROOF_ROWS // max(1, len(by_type)))
-    return [row for group in by_type.values() for row in group[:share]]
+    groups = [sorted(group, key=_characters)[:share] for group in by_type.values()]
+    return [row for rank in zip_longest(*groups) for row in rank if row is not None]
+
+
+def _characters(row: Row) -> int:
+    return sum(len(message["content"]) for message in row.messages)
 
 
 def _copy_adapter(student: Trained, folder_: Path) -> None:

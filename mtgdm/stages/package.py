@@ -392,11 +392,11 @@ def _order(
 
 
 def _expected(config: PackageConfig, checkpoint: Path) -> dict[str, Any]:
-    """What `mtgdm plan` says: the room by format, on the way and in the end."""
-    from mtgdm.export import architectures, quantize, trained
+    """What `mtgdm plan` says: the room by format, on the way and in the end; time and memory of GGUF files."""
+    from mtgdm.export import architectures, forecast, quantize, trained
 
     student = trained.Trained.of(
-        checkpoint, trained.read_training(checkpoint), Path(), config._workspace, base=config.base_model
+        checkpoint, trained.read_training(checkpoint), config.in_, config._workspace, base=config.base_model
     )
     formats, problems = (
         config.formats or ALL,
@@ -408,6 +408,7 @@ def _expected(config: PackageConfig, checkpoint: Path) -> dict[str, Any]:
     return {
         "parameters": student.parameters,
         "mib_of_disk": {name: max(1, round(size / 2**20)) for name, size in room.items()},
+        **(forecast.forecast(student, config.quantize) if "gguf" in formats else {}),
         "gguf": f"not for this base: {problems[0]}" if problems else None,
         "llama.cpp": "at hand"
         if quantize.is_installed()
