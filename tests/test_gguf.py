@@ -16,7 +16,7 @@ from mtgdm.export import architectures, quantize, vocabulary
 from mtgdm.export.gguf import Written, convert, encode, gguf_bytes
 from mtgdm.export.lora_gguf import convert_adapter
 from mtgdm.student.noise import quiet
-from tests.families import CHATML, FAMILIES, LLAMA3, make_checkpoint, make_family
+from tests.families import CHATML, FAMILIES, make_checkpoint, make_family, template_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def converted(model: Path, out: Path, quant: str = "f32", **options: Any) -> Written:
-    template = LLAMA3 if model.name == "llama3" else CHATML
+    template = template_of(model)
     with quiet():
         return convert(model, out, quant, name="guide", template=template, **options)
 
