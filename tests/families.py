@@ -108,7 +108,6 @@ class Words:
     """Where SentencePiece's kind puts a space: by the normalizer (`always`), or a scheme of Metaspace."""
     nfc: bool = False
     rstrip: Sequence[str] = ()
-    backend: str = "TokenizersBackend"
 
 
 _DEEPSEEK = ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>")
@@ -225,12 +224,11 @@ WORDS = {
 }
 
 
-def make_tokenizer(kind: str) -> Any:
+def make_tokenizer(words: Words) -> Any:
     """A BPE trained on a page of text, with the rules and the added tokens of its kind."""
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = WORDS[kind]
     inner = _sentencepiece(words) if words.rules is None else _byte_level(words)
     for names, special in ((words.special, True), (words.written, False)):
         added = [
@@ -362,7 +360,7 @@ KINDS = {
         {"tie_word_embeddings": True, "pad_token_id": 0, "original_max_position_embeddings": 256},
         {**longrope(6), "partial_rotary_factor": 0.75},
     ),
-    "smollm3": Kind("SmolLM3", "smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True, "pad_token_id": 0}),
+    "smollm3": Kind("SmolLM3", "smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 0}),
     "glm4": Kind(
         "Glm4", "glm", {"head_dim": 16, "attention_bias": True, "pad_token_id": 0}, {**PLAIN, "partial_rotary_factor": 0.5}
     ),
@@ -391,7 +389,7 @@ def make_family(
     with quiet():
         import torch
 
-        tokenizer = make_tokenizer(KINDS[kind].words)
+        tokenizer = make_tokenizer(WORDS[KINDS[kind].words])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _model(kind, len(tokenizer), shape or {}, rope)

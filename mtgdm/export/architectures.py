@@ -56,6 +56,7 @@ def _gemma3_keys(writer: GGUFWriter, config: Config) -> None:
 
 
 def _phi3_keys(writer: GGUFWriter, config: Config) -> None:
+    writer.add_rope_scaling_orig_ctx_len(rotary.first_context(config) or int(config["max_position_embeddings"]))
     # llama.cpp leaves the window out of account; 0 tells it that the model has none.
     writer.add_sliding_window(config.get("sliding_window") or 0)
 
@@ -246,10 +247,17 @@ def window_of(config: Config) -> int | None:
 def context_length(found: Family, config: Config) -> int:
     """The longest text for which llama.cpp computes what transformers does.
 
-    Where it lets all layers attend to everything, that ends where a window would begin to slide.
+    Where it lets all layers attend to everything, that ends where a window would begin to slide. With LongRoPE
+    llama.cpp chooses the factors by the room for a text, and transformers by the text itself: both take those of
+    short texts where there is no room for a longer one, as servers make it that take this number for the room.
     """
     longest, window = int(config["max_position_embeddings"]), window_of(config)
-    return longest if window is None or found.windows else min(longest, window)
+    ends = [longest]
+    if window is not None and not found.windows:
+        ends.append(window)
+    if rope_of(config)["rope_type"] == "longrope" and (first := rotary.first_context(config)):
+        ends.append(first)
+    return min(ends)
 
 
 def add_keys(writer: GGUFWriter, config: Config) -> None:

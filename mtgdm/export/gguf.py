@@ -178,7 +178,7 @@ def header(
     words = vocabulary.read(merged, int(config["vocab_size"]), template)
     _add_general(writer, _named(name, words), _file_type(quant))
     architectures.add_keys(writer, config)
-    _add_tokenizer(writer, words, template, _end_of_turn(merged, template))
+    _add_tokenizer(writer, words, _special_ids(words, config), _end_of_turn(merged, template), template)
     return writer
 
 
@@ -236,7 +236,18 @@ def _add_general(writer: gguf.GGUFWriter, name: str, file_type: LlamaFileType) -
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, words: Vocabulary, template: str, end_of_turn: int) -> None:
+def _special_ids(words: Vocabulary, config: Mapping[str, Any]) -> dict[str, int]:
+    """The special tokens that the tokenizer names, and those that the configuration alone does."""
+    named = {role: config.get(f"{role}_token_id") for role in vocabulary.ROLES}
+    return {
+        **{role: place for role, place in named.items() if type(place) is int and 0 <= place < len(words.tokens)},
+        **words.ids,
+    }
+
+
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, words: Vocabulary, ids: Mapping[str, int], end_of_turn: int, template: str
+) -> None:
     writer.add_tokenizer_model(words.model)
     writer.add_tokenizer_pre(words.pre)
     writer.add_token_list(words.tokens)
@@ -257,9 +268,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, words: Vocabulary, template: str, en
         "sep": writer.add_sep_token_id,
         "mask": writer.add_mask_token_id,
     }
-    for role, place in words.ids.items():
+    for role, place in ids.items():
         adders[role](place)
-    if end_of_turn != words.ids.get("eos"):
+    if end_of_turn != ids.get("eos"):
         writer.add_eot_token_id(end_of_turn)
     writer.add_chat_template(template)
 

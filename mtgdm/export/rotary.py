@@ -78,14 +78,14 @@ def add_keys(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] in ("linear", "yarn", "longrope") and (original := _first_context(config)):
-        writer.add_rope_scaling_orig_ctx_len(original)
+        if original := first_context(config):
+            writer.add_rope_scaling_orig_ctx_len(original)
     if rope["rope_type"] == "longrope":
         writer.add_rope_scaling_attn_factors(_longrope_attention(config))
 
 
-def _first_context(config: Mapping[str, Any]) -> int | None:
-    """Tokens of the context before it was stretched."""
+def first_context(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the context before it was stretched, as far as the configuration tells."""
     rope = rope_of(config)
     found = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     return int(found) if found else None
@@ -96,7 +96,7 @@ def _longrope_attention(config: Mapping[str, Any]) -> float:
     rope = rope_of(config)
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
-    first = _first_context(config)
+    first = first_context(config)
     assert first is not None
     stretch = rope.get("factor") or config["max_position_embeddings"] / first
     return math.sqrt(1 + math.log(stretch) / math.log(first)) if stretch > 1.0 else 1.0

@@ -22,7 +22,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 """Kinds of tokens: from merges, never written as text, added and written as text, a place without a token, a byte."""
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 """What the official converter gives tokens that no merge makes; nothing is decided by them."""
-_ROLES = ("bos", "eos", "pad", "unk", "sep", "mask")
+ROLES = ("bos", "eos", "pad", "unk", "sep", "mask")
 _LOOK_SPECIAL = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 _SPECIAL_NAMES = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
@@ -215,7 +215,7 @@ def _special_ids(folder: Path, all_tokens: Mapping[str, int]) -> dict[str, int]:
     path = folder / "tokenizer_config.json"
     config = json_object(path) if path.is_file() else {}
     found = {}
-    for role in _ROLES:
+    for role in ROLES:
         token = config.get(f"{role}_token")
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str) and content in all_tokens:
