@@ -60,7 +60,9 @@ _OF_GLM = ("rope.freq_base", "layer_norm_rms_epsilon", "eom_token_id", "bos_toke
 
 def main() -> int:
     """Compare, print what differs, and return 1 where something does that is not meant to."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
     options.add_argument("--model", type=Path, action="append", help="a model folder with a chat template")
     options.add_argument("--quant", choices=QUANTS, action="append", help="default: all")
@@ -100,7 +102,9 @@ def _report(model: Path, quant: str, converter: Path, folder: Path, *, stubbed: 
     _convert_officially(converter, model, theirs, quant, pre)
     tensors, differing = _compare(mine, theirs)
     wrong = [(key, text) for key, text, meant in differing if not meant]
-    print(f"{model.name} {quant}: {tensors} tensors equal" if not wrong else f"{model.name} {quant}: DIFFERENT")
+    print(
+        f"{model.name} {quant}: {tensors} tensors equal" if not wrong else f"{model.name} {quant}: DIFFERENT"
+    )
     for key, text, meant in differing:
         print(f"    {key}: {text}{f'  [{meant}]' if meant else '  <-- not meant'}")
     return bool(wrong)
@@ -127,7 +131,9 @@ def _convert_officially(converter: Path, model: Path, out: Path, quant: str, pre
     paths = [converter.parent, converter.parent / "gguf-py"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, "-c", _RUN, converter, pre, model, "--outfile", out, "--outtype", quant]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"the converter failed on {model}:\n{done.stderr[-3000:]}")
 
@@ -194,7 +200,11 @@ def _train_sentencepiece(model: Path, words: families.Words) -> None:
     text = model / "text.txt"
     text.write_text(families.TEXT * 3, encoding="utf-8")
     size = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    named = {"unk": "<unk>", "bos": words.names["bos_token"], "eos": "</s>" if "</s>" in words.special else "<eos>"}
+    named = {
+        "unk": "<unk>",
+        "bos": words.names["bos_token"],
+        "eos": "</s>" if "</s>" in words.special else "<eos>",
+    }
     sentencepiece.SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(model / "tokenizer"),

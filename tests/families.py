@@ -182,7 +182,16 @@ WORDS = {
     "glm": Words(
         GLM4,
         "llama-bpe",
-        ("<|endoftext|>", "[MASK]", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+        (
+            "<|endoftext|>",
+            "[MASK]",
+            "[gMASK]",
+            "<sop>",
+            "<|system|>",
+            "<|user|>",
+            "<|assistant|>",
+            "<|observation|>",
+        ),
         first=("[gMASK]", "<sop>"),
         names={"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
     ),
@@ -203,7 +212,12 @@ WORDS = {
     "phi3": Words(
         PHI3,
         special=("<unk>", "<s>", "</s>", *_PHI3),
-        names={"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"},
+        names={
+            "bos_token": "<s>",
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+            "unk_token": "<unk>",
+        },
         space="always",
         rstrip=("</s>", *_PHI3[1:]),
     ),
@@ -303,9 +317,7 @@ def _sentencepiece(words: Words) -> Any:
         inner.normalizer = escape
     else:
         inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=words.space, split=False)
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return inner
 
 
@@ -331,7 +343,9 @@ KINDS = {
     "deepseek": Kind("Qwen2", "deepseek", {"tie_word_embeddings": False}),
     "llama2": Kind("Llama", "llama2", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
     "mistral": Kind("Mistral", "mistral", {"tie_word_embeddings": False, "sliding_window": None}),
-    "mistral-nemo": Kind("Mistral", "tekken", {"tie_word_embeddings": False, "sliding_window": None, "head_dim": 32}),
+    "mistral-nemo": Kind(
+        "Mistral", "tekken", {"tie_word_embeddings": False, "sliding_window": None, "head_dim": 32}
+    ),
     "gemma3": Kind(
         "Gemma3Text",
         "gemma",
@@ -360,12 +374,22 @@ KINDS = {
         {"tie_word_embeddings": True, "pad_token_id": 0, "original_max_position_embeddings": 256},
         {**longrope(6), "partial_rotary_factor": 0.75},
     ),
-    "smollm3": Kind("SmolLM3", "smollm3", {"num_hidden_layers": 4, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 0}),
+    "smollm3": Kind(
+        "SmolLM3",
+        "smollm3",
+        {"num_hidden_layers": 4, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 0},
+    ),
     "glm4": Kind(
-        "Glm4", "glm", {"head_dim": 16, "attention_bias": True, "pad_token_id": 0}, {**PLAIN, "partial_rotary_factor": 0.5}
+        "Glm4",
+        "glm",
+        {"head_dim": 16, "attention_bias": True, "pad_token_id": 0},
+        {**PLAIN, "partial_rotary_factor": 0.5},
     ),
     "glm": Kind(
-        "Glm", "glm", {"head_dim": 16, "attention_bias": True, "pad_token_id": 0}, {**PLAIN, "partial_rotary_factor": 0.5}
+        "Glm",
+        "glm",
+        {"head_dim": 16, "attention_bias": True, "pad_token_id": 0},
+        {**PLAIN, "partial_rotary_factor": 0.5},
     ),
     "internlm3": Kind("InternLM3", "mistral", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
 }
@@ -401,7 +425,9 @@ def make_family(
                     torch.nn.init.normal_(tensor, mean=offset, std=0.2)
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
-    if KINDS[kind].config == "InternLM3":  # transformers computes it as a Llama; on the Hub it has its own name
+    if (
+        KINDS[kind].config == "InternLM3"
+    ):  # transformers computes it as a Llama; on the Hub it has its own name
         path = folder / "config.json"
         text = path.read_text(encoding="utf-8").replace("LlamaForCausalLM", "InternLM3ForCausalLM")
         path.write_text(text, encoding="utf-8", newline="\n")

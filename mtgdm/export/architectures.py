@@ -42,7 +42,9 @@ def _gemma3_problems(config: Config) -> Iterator[str]:
     if config.get("use_bidirectional_attention"):
         yield "its attention looks ahead"
     kinds = config.get("layer_types")
-    if kinds and any((kind == _WINDOWED) == ((place + 1) % GEMMA_PERIOD == 0) for place, kind in enumerate(kinds)):
+    if kinds and any(
+        (kind == _WINDOWED) == ((place + 1) % GEMMA_PERIOD == 0) for place, kind in enumerate(kinds)
+    ):
         yield f"its layers attend to a window in another order than llama.cpp has it, which is all but each {GEMMA_PERIOD}th"
     if rotary.windowed_rope_of(config)["rope_type"] != "default":
         yield "the positions of its layers with a window are scaled"
@@ -56,7 +58,9 @@ def _gemma3_keys(writer: GGUFWriter, config: Config) -> None:
 
 
 def _phi3_keys(writer: GGUFWriter, config: Config) -> None:
-    writer.add_rope_scaling_orig_ctx_len(rotary.first_context(config) or int(config["max_position_embeddings"]))
+    writer.add_rope_scaling_orig_ctx_len(
+        rotary.first_context(config) or int(config["max_position_embeddings"])
+    )
     # llama.cpp leaves the window out of account; 0 tells it that the model has none.
     writer.add_sliding_window(config.get("sliding_window") or 0)
 
@@ -81,6 +85,20 @@ def _heads_of_128(config: Config) -> bool:
 
 def _plain_rope(config: Config) -> bool:
     return bool(rope_of(config)["rope_type"] == "default")
+
+
+def _plain_llama(config: Config) -> bool:
+    return _plain_rope(config) and not config.get("attention_bias") and not config.get("mlp_bias")
+
+
+def _plain_gemma3(config: Config) -> bool:
+    """With what the reader takes for granted: how the attention is scaled, and how windowed layers turn."""
+    local = rotary.windowed_rope_of(config)["rope_theta"]
+    return _plain_rope(config) and (config.get("query_pre_attn_scalar"), local) == (256, rotary.LOCAL_BASE)
+
+
+def _plain_phi3(config: Config) -> bool:
+    return _plain_rope(config) and rotary.turned(config) == head_size(config) and window_of(config) is None
 
 
 def _never(_: Config) -> bool:
@@ -122,7 +140,9 @@ class Family:
 
 
 FAMILIES = (
-    Family("qwen2", "Qwen2ForCausalLM", "Qwen2, Qwen2.5", attention_bias=True, read_by_transformers=_plain_rope),
+    Family(
+        "qwen2", "Qwen2ForCausalLM", "Qwen2, Qwen2.5", attention_bias=True, read_by_transformers=_plain_rope
+    ),
     Family("qwen3", "Qwen3ForCausalLM", "Qwen3", read_by_transformers=_heads_of_128),
     Family(
         "llama",
@@ -132,7 +152,7 @@ FAMILIES = (
         attention_bias=None,
         forward_bias=True,
         scaled_rope=("llama3", "linear"),
-        read_by_transformers=_plain_rope,
+        read_by_transformers=_plain_llama,
     ),
     Family(
         "llama",
@@ -140,7 +160,7 @@ FAMILIES = (
         "Mistral",
         pairs_neighbours=True,
         scaled_rope=("linear",),
-        read_by_transformers=_plain_rope,
+        read_by_transformers=_plain_llama,
     ),
     Family(
         "gemma3",
@@ -152,6 +172,7 @@ FAMILIES = (
         windows=True,
         problems=_gemma3_problems,
         add_keys=_gemma3_keys,
+        read_by_transformers=_plain_gemma3,
     ),
     Family(
         "phi3",
@@ -160,6 +181,7 @@ FAMILIES = (
         scaled_rope=("longrope",),
         turns_in_part=True,
         add_keys=_phi3_keys,
+        read_by_transformers=_plain_phi3,
     ),
     Family(
         "smollm3",
@@ -178,7 +200,7 @@ FAMILIES = (
         attention_bias=None,
         forward_bias=True,
         scaled_rope=("linear",),
-        read_by_transformers=_plain_rope,
+        read_by_transformers=_plain_llama,
     ),
 )
 KNOWN = ", ".join(family.known_as for family in FAMILIES)
@@ -187,18 +209,23 @@ _REFUSED = {
     "InternLM2ForCausalLM": f"InternLM 2 and 2.5 {_REMOTE}; InternLM3 can be written",
     "ChatGLMModel": f"this form of GLM-4 {_REMOTE}; the one whose name ends in -hf can be written",
     "Phi3SmallForCausalLM": f"Phi-3-small {_REMOTE}",
+    "Gemma3ForConditionalGeneration": "Gemma 3 with eyes (4B and more) is merged with its images' part, which a GGUF "
+    "of text has no place for; the models of text alone (270M, 1B) can be written",
 }
 
 
-def problems(model_config: Config, tokenizer_folder: Path) -> list[str]:
-    """Why a model cannot be written as GGUF; an empty list where it can. Looks at no weights."""
+def problems(model_config: Config, tokenizer_folder: Path, template: str | None = None) -> list[str]:
+    """Why a model cannot be written as GGUF; an empty list where it can. Looks at no weights.
+
+    `template` is the chat template in use, the folder's own by default.
+    """
     try:
         found = family(model_config)
     except UserError as error:
         return [error.message]
     return [
         *_config_problems(found, model_config),
-        *vocabulary.problems(tokenizer_folder, int(model_config["vocab_size"])),
+        *vocabulary.problems(tokenizer_folder, int(model_config["vocab_size"]), template),
     ]
 
 

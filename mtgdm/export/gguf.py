@@ -93,7 +93,7 @@ def convert(
     cannot hold as it is, and for a k-quant without llama-cpp-python.
     """
     config = config_of(merged)
-    if found := architectures.problems(config, merged):
+    if found := architectures.problems(config, merged, template):
         raise UserError(f"this model cannot be written as GGUF: {found[0]}", where=merged)
     if quant not in _WRITTEN_HERE:
         quantize.require()
@@ -240,7 +240,11 @@ def _special_ids(words: Vocabulary, config: Mapping[str, Any]) -> dict[str, int]
     """The special tokens that the tokenizer names, and those that the configuration alone does."""
     named = {role: config.get(f"{role}_token_id") for role in vocabulary.ROLES}
     return {
-        **{role: place for role, place in named.items() if type(place) is int and 0 <= place < len(words.tokens)},
+        **{
+            role: place
+            for role, place in named.items()
+            if type(place) is int and 0 <= place < len(words.tokens)
+        },
         **words.ids,
     }
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _YARN_EXTRAS = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate")
 _WINDOWED, _FULL = "sliding_attention", "full_attention"
-_LOCAL_BASE = 10_000.0
+LOCAL_BASE = 10_000.0
 """What llama.cpp takes for the windowed layers of Gemma 3 where a file says nothing."""
 
 
@@ -39,7 +39,7 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def windowed_rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary embedding of the layers that attend to a window, where it is one of its own."""
     given = config.get("rope_parameters") or {}
-    local = config.get("rope_local_base_freq") or _LOCAL_BASE
+    local = config.get("rope_local_base_freq") or LOCAL_BASE
     return {"rope_type": "default", "rope_theta": local, **given.get(_WINDOWED, {})}
 
 
@@ -129,6 +129,8 @@ def _llama3_factors(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Array
     waves = 2 * math.pi / (1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
     share = (context / waves - low) / (high - low)
     between = 1 / ((1 - share) / factor + share)
-    factors = torch.where(waves < context / high, 1.0, torch.where(waves > context / low, float(factor), between))
+    factors = torch.where(
+        waves < context / high, 1.0, torch.where(waves > context / low, float(factor), between)
+    )
     found: Array = factors.numpy()
     return found

@@ -59,7 +59,8 @@ def strips_like_phi3(added: Sequence[Mapping[str, Any]]) -> bool:
     """Whether just those tokens take the spaces behind them of which llama.cpp believes it for Phi-3."""
     names = {one["content"] for one in added}
     return {"</s>", *_ENDS_OF_NAME} <= names and all(
-        bool(one.get("rstrip")) == (one["content"] not in _ENDS_OF_NAME) and not one.get("lstrip") for one in added
+        bool(one.get("rstrip")) == (one["content"] not in _ENDS_OF_NAME) and not one.get("lstrip")
+        for one in added
     )
 
 

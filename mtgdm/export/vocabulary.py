@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtgdm.checkpoints import json_object
-from mtgdm.errors import UserError
 from mtgdm.export import pretokenizers, sentencepiece, surroundings
 from mtgdm.export.pretokenizers import steps
 from mtgdm.export.surroundings import Piece
@@ -52,9 +51,10 @@ class Vocabulary:
 
 
 def read(folder: Path, size: int, template: str | None = None) -> Vocabulary:
-    """The tokenizer of a folder with `size` places, of which those behind the last token stay unused."""
-    if found := [*problems(folder, size, template)]:
-        raise UserError(f"the tokenizer cannot be written as GGUF: {found[0]}", where=folder)
+    """The tokenizer of a folder with `size` places, of which those behind the last token stay unused.
+
+    Only for one that has no `problems`.
+    """
     about = json_object(folder / "tokenizer.json")
     bytes_ = not sentencepiece.is_of_this_kind(about)
     rules = pretokenizers.rules_of(about) if bytes_ else None
@@ -166,7 +166,9 @@ def _all_tokens(about: Mapping[str, Any]) -> dict[str, int]:
     return {**about["model"]["vocab"], **{one["content"]: one["id"] for one in about["added_tokens"]}}
 
 
-def _tokens(about: Mapping[str, Any], size: int, all_tokens: Mapping[str, int]) -> tuple[list[str], list[int]]:
+def _tokens(
+    about: Mapping[str, Any], size: int, all_tokens: Mapping[str, int]
+) -> tuple[list[str], list[int]]:
     """The token at each place and its kind."""
     pieces = sentencepiece.is_of_this_kind(about)
     tokens = [f"[PAD{place}]" for place in range(size)]
