@@ -354,7 +354,6 @@ KINDS = {
             "head_dim": 32,
             "query_pre_attn_scalar": 32,
             "sliding_window": 16,
-            "initializer_range": 0.05,
         },
         {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -364,31 +363,31 @@ KINDS = {
     "phi3": Kind(
         "Phi3",
         "phi3",
-        {"tie_word_embeddings": False, "pad_token_id": 0, "original_max_position_embeddings": 256},
+        {"tie_word_embeddings": False, "original_max_position_embeddings": 256},
         longrope(8),
     ),
-    "phi4": Kind("Phi3", "phi4", {"tie_word_embeddings": False, "pad_token_id": 0}),
+    "phi4": Kind("Phi3", "phi4", {"tie_word_embeddings": False}),
     "phi4-mini": Kind(
         "Phi3",
         "gpt-4o",
-        {"tie_word_embeddings": True, "pad_token_id": 0, "original_max_position_embeddings": 256},
+        {"tie_word_embeddings": True, "original_max_position_embeddings": 256},
         {**longrope(6), "partial_rotary_factor": 0.75},
     ),
     "smollm3": Kind(
         "SmolLM3",
         "smollm3",
-        {"num_hidden_layers": 4, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 0},
+        {"num_hidden_layers": 4, "tie_word_embeddings": True},
     ),
     "glm4": Kind(
         "Glm4",
         "glm",
-        {"head_dim": 16, "attention_bias": True, "pad_token_id": 0},
+        {"head_dim": 16, "attention_bias": True},
         {**PLAIN, "partial_rotary_factor": 0.5},
     ),
     "glm": Kind(
         "Glm",
         "glm",
-        {"head_dim": 16, "attention_bias": True, "pad_token_id": 0},
+        {"head_dim": 16, "attention_bias": True},
         {**PLAIN, "partial_rotary_factor": 0.5},
     ),
     "internlm3": Kind("InternLM3", "mistral", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
@@ -416,7 +415,7 @@ def make_family(
         tokenizer = make_tokenizer(WORDS[KINDS[kind].words])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _model(kind, len(tokenizer), shape or {}, rope)
+            model = _model(kind, tokenizer, shape or {}, rope)
             for name, tensor in model.named_parameters():
                 if (
                     tensor.ndim == 1
@@ -434,14 +433,15 @@ def make_family(
     return folder
 
 
-def _model(kind: str, tokens: int, shape: dict[str, Any], rope: dict[str, Any] | None) -> Any:
+def _model(kind: str, tokenizer: Any, shape: dict[str, Any], rope: dict[str, Any] | None) -> Any:
     import transformers
     from transformers import AutoModelForCausalLM
 
     made = KINDS[kind]
     config = getattr(transformers, f"{made.config}Config")(
         # A few places more than tokens, as those of Qwen have.
-        **{"vocab_size": tokens + 5, **SHAPE, **made.shape, **shape},
+        **{"vocab_size": len(tokenizer) + 5, **SHAPE, **made.shape, **shape},
+        **{f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")},
         rope_parameters=dict(rope or made.rope),
     )
     return AutoModelForCausalLM.from_config(config)

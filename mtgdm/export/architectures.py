@@ -45,7 +45,7 @@ def _gemma3_problems(config: Config) -> Iterator[str]:
     if kinds and any(
         (kind == _WINDOWED) == ((place + 1) % GEMMA_PERIOD == 0) for place, kind in enumerate(kinds)
     ):
-        yield f"its layers attend to a window in another order than llama.cpp has it, which is all but each {GEMMA_PERIOD}th"
+        yield f"its layers attend to a window in another order than llama.cpp's: all but each {GEMMA_PERIOD}th"
     if rotary.windowed_rope_of(config)["rope_type"] != "default":
         yield "the positions of its layers with a window are scaled"
 

@@ -183,7 +183,7 @@ def header(
 
 
 def _named(name: str, words: Vocabulary) -> str:
-    """A name by which llama.cpp does what the tokenizer does: of one with phi-3 in it, tokens take spaces behind them."""
+    """A name that tells llama.cpp what the tokenizer does: with phi-3 in it, tokens take the spaces behind them."""
     if words.strips_like_phi3:
         return name if _PHI3.search(name) else f"{name} (phi-3)"
     return _PHI3.sub("phi 3", name)

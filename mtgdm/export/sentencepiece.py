@@ -26,7 +26,7 @@ _ESCAPES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPENDS = {"type": "Prepend", "prepend": SPACE}
 
 SpaceInFront = Literal["never", "always", "unless there", "at the start"]
-"""Where a tokenizer puts a space: before each text between special tokens, before those without one, before the first."""
+"""Where a tokenizer puts a space: before each text between special tokens, those without one, or the first."""
 
 
 def is_of_this_kind(about: Mapping[str, Any]) -> bool:
