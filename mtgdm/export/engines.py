@@ -269,8 +269,5 @@ def _through_transformers(file: Path, chat: Chat) -> InTorch:
 
 
 def read_rightly_by_transformers(config: Mapping[str, Any]) -> bool:
-    """Its reader takes every head for one of 128 numbers in Qwen3, and loses the factors of Llama 3's rotation."""
-    known = architectures.family(config).architecture
-    if known == "qwen3":
-        return architectures.head_size(config) == 128
-    return bool(architectures.rope_of(config)["rope_type"] == "default")
+    """Whether its GGUF reader makes the same model of a file."""
+    return architectures.family(config).read_by_transformers(config)
