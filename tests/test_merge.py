@@ -14,7 +14,7 @@ from mtgdm.export.merge import Merged, merge, merged_bytes
 from mtgdm.export.weights import Weights
 from mtgdm.student.chat import Chat
 from mtgdm.student.noise import quiet
-from tests.families import SHAPE, make_checkpoint, make_family, make_tokenizer
+from tests.families import SHAPE, WORDS, make_checkpoint, make_family, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -198,7 +198,7 @@ def test_a_base_whose_files_name_its_weights_otherwise_is_merged_and_plainly_unp
     with quiet():
         from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-        tokenizer = make_tokenizer("qwen")
+        tokenizer = make_tokenizer(WORDS["qwen"])
         shape: dict[str, Any] = {**SHAPE, "head_dim": 16, "vocab_size": len(tokenizer)}
         shape |= {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
