@@ -89,6 +89,8 @@ def not_utf8(path: Path, number: int, line: bytes, byte: int) -> BadRow:
 
 def not_json(path: Path, number: int, text: str, reason: str, becomes: str) -> BadRow:
     """The error of a line that is no JSON, with what it looks like instead."""
+    what: str
+    hint: str | None
     if number == 1 and text[:1] == "[":
         what, hint = "an array over several lines", to_lines(path.name, array=True, becomes=becomes)
     else:
@@ -104,12 +106,13 @@ def _wide_encoding(head: bytes) -> str | None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "UTF-16"
     zeros = tuple(byte == 0 for byte in head[:4])
-    return {
+    known: dict[tuple[bool, ...], str] = {
         (False, True, True, True): "UTF-32LE",
         (True, True, True, False): "UTF-32BE",
         (False, True, False, True): "UTF-16LE",
         (True, False, True, False): "UTF-16BE",
-    }.get(zeros)
+    }
+    return known.get(zeros)
 
 
 def _text_format(text: str, *, first: bool) -> tuple[str, str | None]:

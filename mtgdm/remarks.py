@@ -11,10 +11,10 @@ from typing import Protocol
 class Listener(Protocol):
     """Who shows the lines."""
 
-    def print(self, text: str = "") -> None:
+    def print(self, text: str, /) -> None:
         """A line of what goes on."""
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, /) -> None:
         """A line the user should read."""
 
 

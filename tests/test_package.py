@@ -327,7 +327,7 @@ def test_weights_are_looked_at_even_where_the_adapter_is_only_copied(workspace: 
     with pytest.raises(UserError, match=r"rank 16, adapter_config\.json says 4"):
         packaged(workspace, formats="adapter")
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(UserError, match=r"packaged from adapter_model\.safetensors"):
+    with pytest.raises(UserError, match="damaged, or holds more than tensors"):
         packaged(workspace, formats="adapter")
     (checkpoint / "adapter_config.json").write_text("{bad", encoding="utf-8")
     with pytest.raises(UserError, match="cannot be read"):

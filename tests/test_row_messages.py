@@ -153,7 +153,7 @@ def test_keys_beside_the_messages_that_would_change_them_are_refused(tmp_path: P
 
 
 def test_the_null_keys_of_a_dump_of_openai_are_ignored(tmp_path: Path) -> None:
-    empty = {
+    empty: dict[str, Any] = {
         "refusal": None,
         "annotations": [],
         "audio": None,

@@ -70,6 +70,8 @@ def _read(path: Path, reader: Callable[[Path], T]) -> T:
         return reader(path)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # whose advice is to run whatever lies in the file
+            first = "it is damaged, or holds more than tensors"
         raise UserError(
             f"the adapter's weights cannot be read: {first}",
             where=path,
