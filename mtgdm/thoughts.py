@@ -126,7 +126,7 @@ def split_thoughts(text: str) -> tuple[str, str]:
 
 def thought_tag(text: str) -> str | None:
     """A tag of a thought somewhere in an answer, outside code spans, where nothing says what it belongs to."""
-    if not any(mark in text for mark in ("<", "[", "◁")):
+    if _LONE_TAG.search(text) is None:
         return None
     found = _LONE_TAG.search(_CODE.sub("", text))
     return found[0] if found else None

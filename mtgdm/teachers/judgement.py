@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from mtgdm.domain import FactCheck, answer_problem
+from mtgdm.teachers.cleaning import markup
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -72,7 +73,7 @@ class Judge:
 
     def judge(self, row: Row, text: str) -> Judgement:
         """What is wrong with an answer to this row's prompt, the gravest first."""
-        problem = answer_problem(self._domain, row.type, text)
+        problem = _markup_problem(text) or answer_problem(self._domain, row.type, text)
         if problem is None and row.type is not None:
             problem = script_problem(text, self._domain.script(row.type))
         if problem is not None:
@@ -134,6 +135,11 @@ def script_problem(text: str, script: Script | None) -> str | None:
         name = "Chinese" if script == "Han" else "letters"
         return f"the answer is not in {name}: {wanted} characters or words of it, {foreign} of other scripts"
     return None
+
+
+def _markup_problem(text: str) -> str | None:
+    found = markup(text)
+    return None if found is None else f"markup of a chat template stands inside the answer: {found}"
 
 
 def _named(facts: Sequence[str]) -> str:
