@@ -14,7 +14,7 @@ import mtgdm
 PACKAGE = Path(mtgdm.__file__).parent
 LAYERS = [
     {"errors", "processes", "rows", "row_ids", "manifest", "plugins", "shipped", "thoughts"},
-    {"stage", "estimates", "domain", "profiles", "terminal", "interrupts", "checkpoints"},
+    {"stage", "estimates", "contracts", "domain", "profiles", "terminal", "interrupts", "checkpoints"},
     {"tourism", "teachers", "student", "scoring", "evaluation", "export", "charts", "reports"},
     {"stages"},
     {"registry", "pipeline", "doctor", "testing"},

@@ -29,29 +29,34 @@ _CONTROL = r"""
 _LOST = r"<unk> | <UNK> | \[UNK\] | <0x[0-9A-F]{2}>"
 """What stands for a character that the vocabulary could not write: without it something is missing."""
 _CONTROL_TOKEN = re.compile(f"{_CONTROL} | {_LOST}", re.VERBOSE)
-_LEADING = re.compile(
-    rf"(?:(?:{_CONTROL})\s*(?:(?:assistant|model)(?=\s*(?:\n|<|\[|\Z))\s*)?)+", re.VERBOSE
-)
+_LEADING = re.compile(rf"(?:(?:{_CONTROL})\s*(?:(?:assistant|model)(?=\s*(?:\n|<|\[|\Z))\s*)?)+", re.VERBOSE)
 _TRAILING = re.compile(rf"(?:\s*(?:{_CONTROL})(?:\s*(?:assistant|user|model)\b)?)+\s*\Z", re.VERBOSE)
 """The end of the answer, and perhaps the beginning of a new turn in which nothing was said."""
 
-_INVISIBLE = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060\u00ad\x00\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_INVISIBLE = (
+    "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060\u00ad\x00"
+    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 """Byte order marks, zero-width characters and marks of direction: at an end of a text they say nothing."""
 _SPACE = " \t\r\n\f\v\x85\xa0\u3000"
 
 _WHOLE_FENCE = re.compile(r"(?P<fence>`{3,}|~{3,})(?P<inside>.*?)\s*(?P=fence)[`~]*", re.DOTALL)
 _FENCE_LINE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*(?P<info>[^\n]*)$", re.MULTILINE)
-_TEXT_INFO = re.compile(r"(?:markdown|md|plaintext|plain|text|txt|json5?|jsonc?|html|output)\b[ \t]*", re.IGNORECASE)
+_TEXT_INFO = re.compile(
+    r"(?:markdown|md|plaintext|plain|text|txt|json5?|jsonc?|html|output)\b[ \t]*", re.IGNORECASE
+)
 _INFO = re.compile(r"[\w.+#-]{0,20}")
 _LEAD_IN = re.compile(
     r"[^\n`~]{1,80}[:：][ \t]*\n+(?P<fenced>(?:`{3,}|~{3,})[ \t]*(?:markdown|md|plaintext|text|txt)\b.*)",
     re.DOTALL | re.IGNORECASE,
 )
-_PROGRAMS = frozenset(
-    "python py python3 javascript js typescript ts jsx tsx java kotlin scala c cpp c++ csharp cs c# go golang rust rs "
-    "ruby rb php swift perl lua r julia haskell ocaml elixir erlang clojure dart sql bash sh shell zsh powershell "
-    "console css scss xml yaml yml toml ini dockerfile makefile cmake diff latex tex mermaid vue graphql proto svg".split()
-)  # fmt: skip
+_PROGRAMS = frozenset({
+    "python", "py", "python3", "javascript", "js", "typescript", "ts", "jsx", "tsx", "java", "kotlin", "scala", "c",
+    "cpp", "c++", "csharp", "cs", "c#", "go", "rust", "rs", "ruby", "php", "swift", "perl", "lua", "r", "julia",
+    "haskell", "ocaml", "elixir", "erlang", "clojure", "dart", "sql", "bash", "sh", "shell", "zsh", "powershell",
+    "console", "css", "scss", "xml", "yaml", "yml", "toml", "ini", "dockerfile", "makefile", "cmake", "diff",
+    "latex", "tex", "mermaid", "vue", "graphql", "proto", "svg",
+})  # fmt: skip
 """A fence that names one of these is the answer itself, which is a program."""
 
 
@@ -125,7 +130,9 @@ def _unfenced(text: str) -> str:
         return text if inside == lead_in["fenced"] else inside
     if whole := _WHOLE_FENCE.fullmatch(text):
         inside = _without_info(whole["inside"])
-        return text if inside is None or not _nested(whole["inside"], whole["fence"]) else inside.strip(_SPACE)
+        return (
+            text if inside is None or not _nested(whole["inside"], whole["fence"]) else inside.strip(_SPACE)
+        )
     marks = list(_FENCE_LINE.finditer(text))
     if len(marks) != 1 or text.count("```") + text.count("~~~") != 1:
         return text
