@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import pytest
 
 from mtgdm import plugins
 from mtgdm.domain import answer_problem
+from mtgdm.errors import UserError
+from mtgdm.rows import row_id
+from mtgdm.stages import teacher
 from mtgdm.teachers.cleaning import cleaned, markup, without_control_tokens
+from mtgdm.testing import run
 from mtgdm.tourism import Tourism
-from tests.conftest import read_rows
+from tests.conftest import read_rows, write_lines
 from tests.ollama_server import OllamaServer, Question
 from tests.teacher_domain import find, right_answer, run_teacher, write_prompts
 
@@ -188,13 +193,7 @@ def test_a_wrapped_answer_is_kept_bare_at_the_first_try(tmp_path: Path, gardens:
     with OllamaServer(lambda question: around.format(right_answer(question))) as server:
         run_teacher(tmp_path, backend="ollama", model="teacher:7b", url=server.url)
         assert len(server.questions) == 4
-    answers = [row["messages"][-1]["content"] for row in read_rows(tmp_path / "data" / "teacher.jsonl")]
-    assert answers == [
-        '{"name":"第0园","year":1100}',
-        "第0园建于1100年。",
-        '{"name":"第1园","year":1101}',
-        "第1园建于1101年。",
-    ]
+    assert answers(tmp_path) == CARDS
 
 
 def leaking(question: Question) -> str:
@@ -228,3 +227,86 @@ def test_a_control_token_that_stays_is_put_aside(tmp_path: Path, gardens: None) 
     assert "<|" not in (tmp_path / "data" / "teacher.jsonl").read_text(encoding="utf-8")
     rejected = read_rows(tmp_path / "data" / "teacher.rejected.jsonl")
     assert all("markup of a chat template" in row["rejected"]["reason"] for row in rejected)
+
+
+# --- one form of JSON --------------------------------------------------------------------------
+
+
+def as_ollama_orders(question: Question) -> str:
+    """A server that sorts the keys of a schema, and a model that indents."""
+    text = right_answer(question)
+    if not text.startswith("{"):
+        return text
+    return json.dumps(dict(reversed(json.loads(text).items())), ensure_ascii=False, indent=2)
+
+
+def answers(workspace: Path) -> list[str]:
+    return [row["messages"][-1]["content"] for row in read_rows(workspace / "data" / "teacher.jsonl")]
+
+
+CARDS = [
+    '{"name":"第0园","year":1100}',
+    "第0园建于1100年。",
+    '{"name":"第1园","year":1101}',
+    "第1园建于1101年。",
+]
+
+
+def test_json_answers_are_kept_in_one_form_whatever_the_server_did_to_them(
+    tmp_path: Path, gardens: None
+) -> None:
+    write_prompts(tmp_path, 2)
+    with OllamaServer(as_ollama_orders) as server:
+        run_teacher(tmp_path, backend="ollama", model="teacher:7b", url=server.url)
+    assert answers(tmp_path) == CARDS
+
+
+def test_answers_of_earlier_runs_are_brought_into_the_form_without_being_asked_again(
+    tmp_path: Path, gardens: None
+) -> None:
+    write_prompts(tmp_path, 2)
+    with OllamaServer(as_ollama_orders) as server:
+        settings = {"backend": "ollama", "model": "teacher:7b", "url": server.url}
+        run_teacher(tmp_path, json_form="as_answered", **settings)
+        assert answers(tmp_path)[0] == '{\n  "year": 1100,\n  "name": "第0园"\n}'
+        write_prompts(tmp_path, 3)
+        asked = len(server.questions)
+        done = run_teacher(tmp_path, **settings)
+        assert len(server.questions) == asked + 2
+        assert answers(tmp_path)[:4] == CARDS
+        assert any(
+            "2 answers of earlier runs were brought into one JSON form" in line for line in done.printed
+        )
+        kept = (tmp_path / "data" / "teacher.jsonl").read_bytes()
+        again = run_teacher(tmp_path, **settings)
+        assert len(server.questions) == asked + 2
+    assert not any("one JSON form" in line for line in again.printed)
+    assert (tmp_path / "data" / "teacher.jsonl").read_bytes() == kept
+
+
+def test_answers_can_be_kept_as_they_came(tmp_path: Path, gardens: None) -> None:
+    write_prompts(tmp_path, 1)
+    with OllamaServer(as_ollama_orders) as server:
+        settings = {"backend": "ollama", "model": "teacher:7b", "url": server.url}
+        run_teacher(tmp_path, **settings)
+        compact = (tmp_path / "data" / "teacher.jsonl").read_bytes()
+        run_teacher(tmp_path, json_form="as_answered", **settings)
+    assert (tmp_path / "data" / "teacher.jsonl").read_bytes() == compact
+
+
+def test_an_answer_that_was_cut_at_its_bound_is_asked_again_and_then_put_aside(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "介绍湖。"}]
+    meta = {"spot": "湖", "province": None, "type": "itinerary", "split": "train"}
+    write_lines(
+        tmp_path / "data" / "prompts.jsonl", {"id": row_id(messages), "messages": messages, "meta": meta}
+    )
+    lists = {"steps": [], "photo_spots": [], "tips": ["湖" * 400]}
+    names = {"name": "湖", "route_name": "环湖", "total_duration": "未知"}
+    whole = {**names, **lists, "guide_text": "湖在城西。"}
+    with OllamaServer(lambda question: json.dumps(whole, ensure_ascii=False)) as server:
+        with pytest.raises(UserError, match="no answer was kept"):
+            run(teacher.run, tmp_path, backend="ollama", model="teacher:7b", url=server.url)
+        assert len(server.questions) == 2
+        assert "cut at its bound of 400 characters" in server.asked[1]
+    (row,) = read_rows(tmp_path / "data" / "teacher.rejected.jsonl")
+    assert row["rejected"]["reason"] == "tips.0: the text was cut at its bound of 400 characters: be brief"
