@@ -40,6 +40,8 @@ class Record:
     name: str
     region: str | None
     facts: dict[str, Any]
+    unread: tuple[BadRow, ...] = ()
+    """Optional fields of the source that could not be read and were left out, each with its place."""
 
 
 @dataclass(frozen=True)
