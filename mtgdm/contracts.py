@@ -268,8 +268,8 @@ def _property(schema: Schema, key: str) -> Any:
 
 
 def _declared(nodes: list[Schema], key: str) -> int | None:
-    bounds = [node.get(key) for node in nodes]
-    return None if None in bounds else max(bounds)
+    bounds = [node[key] for node in nodes if key in node]
+    return max(bounds) if len(bounds) == len(nodes) else None
 
 
 def _named(place: tuple[str | int, ...]) -> str:
@@ -308,7 +308,7 @@ def _ordered(value: Any, model: Any) -> Any:
         return value
     ordered = {
         key: _ordered(value[key], getattr(model, name))
-        for key, name in _attributes(type(model))
+        for key, name in _attributes(model.__class__)
         if key in value
     }
     for key, inner in value.items():
@@ -318,7 +318,7 @@ def _ordered(value: Any, model: Any) -> Any:
 
 
 @cache
-def _attributes(model: type[Any]) -> tuple[tuple[str, str], ...]:
+def _attributes(model: type[object]) -> tuple[tuple[str, str], ...]:
     """The keys that the fields of a model may have in JSON, in order, and the attribute of each."""
     fields: Mapping[str, Any] = getattr(model, "model_fields", {})
     return tuple(

@@ -129,29 +129,25 @@ def _unfenced(text: str) -> str:
         inside = _unfenced(lead_in["fenced"])
         return text if inside == lead_in["fenced"] else inside
     if whole := _WHOLE_FENCE.fullmatch(text):
-        inside = _without_info(whole["inside"])
-        return (
-            text if inside is None or not _nested(whole["inside"], whole["fence"]) else inside.strip(_SPACE)
-        )
+        return _without_info(whole["inside"], text) if _nested(whole["inside"], whole["fence"]) else text
     marks = list(_FENCE_LINE.finditer(text))
     if len(marks) != 1 or text.count("```") + text.count("~~~") != 1:
         return text
     (mark,) = marks
     if mark.start() == 0:
-        inside = _without_info(mark["info"] + text[mark.end() :])
-        return text if inside is None else inside.strip(_SPACE)
+        return _without_info(mark["info"] + text[mark.end() :], text)
     return text[: mark.start()].strip(_SPACE) if mark.end() == len(text) and not mark["info"] else text
 
 
-def _without_info(inside: str) -> str | None:
-    """What stands in a fence behind the word that says what it is; None where that is a language of programs."""
+def _without_info(inside: str, text: str) -> str:
+    """What stands in a fence behind the word that says what it is; all of `text` where it is a program."""
     first, newline, rest = inside.partition("\n")
     first = first.strip(_SPACE)
-    if first.split(" ")[0].lower() in _PROGRAMS and newline:
-        return None
+    if newline and first.split(" ")[0].lower() in _PROGRAMS:
+        return text
     if newline and _INFO.fullmatch(first):
-        return rest
-    return _TEXT_INFO.sub("", first, count=1) + newline + rest if _TEXT_INFO.match(first) else inside
+        return rest.strip(_SPACE)
+    return (_TEXT_INFO.sub("", first, count=1) + newline + rest).strip(_SPACE)
 
 
 def _nested(inside: str, fence: str) -> bool:
