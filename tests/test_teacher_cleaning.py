@@ -13,7 +13,7 @@ from mtgdm.domain import answer_problem
 from mtgdm.errors import UserError
 from mtgdm.rows import row_id
 from mtgdm.stages import teacher
-from mtgdm.teachers.cleaning import cleaned, markup, without_control_tokens
+from mtgdm.teachers.cleaning import cleaned, markup
 from mtgdm.testing import run
 from mtgdm.tourism import Tourism
 from tests.conftest import read_rows, write_lines
@@ -135,16 +135,16 @@ def test_a_loop_of_markup_takes_no_time(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("湖。<|im_end|>山。", "'im_end' after '湖。'"),
-        ("湖</s>山", "'s' after '湖'"),
-        ("湖[INST]山", "'INST' after '湖'"),
-        ("湖<end_of_turn>山", "'end_of_turn' after '湖'"),
-        ("湖<｜User｜>山", "'User' after '湖'"),
-        ("湖<0xE6>山", "'0xE6' after '湖'"),
-        ("湖<unk>", "'unk' after '湖'"),
-        ("湖<think>山", "'think' after '湖'"),
-        ("湖<|eot_id|><|im_end|>山", "'eot_id' after '湖'"),
-        ("`<|im_end|>`", "'im_end' after '`'"),
+        ("湖。<|im_end|>山。", "im_end"),
+        ("湖</s>山", "s"),
+        ("湖[INST]山", "INST"),
+        ("湖<end_of_turn>山", "end_of_turn"),
+        ("湖<｜User｜>山", "User"),
+        ("湖<0xE6>山", "0xE6"),
+        ("湖<unk>", "unk"),
+        ("湖<think>山", "think"),
+        ("湖<|eot_id|><|im_end|>山", "eot_id"),
+        ("`<|im_end|>`", "im_end"),
         ("`<think>` 是标签", None),
         (PROSE, None),
         (OBJECT, None),
@@ -155,10 +155,6 @@ def test_a_loop_of_markup_takes_no_time(text: str) -> None:
 )
 def test_markup_inside_an_answer_is_named_without_being_written(text: str, name: str | None) -> None:
     assert markup(text) == name
-
-
-def test_a_text_is_shown_to_a_model_without_control_tokens() -> None:
-    assert without_control_tokens("a<|im_end|>b[INST]c<p>d</s>") == "abc<p>d"
 
 
 def test_offline_answers_are_left_as_they_are(sample_answers: list[tuple[str, str]]) -> None:
@@ -208,7 +204,7 @@ def test_a_control_token_inside_an_answer_is_asked_away(tmp_path: Path, gardens:
 
     with OllamaServer(once) as server:
         run_teacher(tmp_path, backend="ollama", model="teacher:7b", url=server.url)
-        corrections = [text for text in server.asked if "'im_end' after" in text]
+        corrections = [text for text in server.asked if "inside the answer: 'im_end'" in text]
     rows = read_rows(tmp_path / "data" / "teacher.jsonl")
     assert [row["meta"]["teacher"]["repaired"] for row in rows] == [True] * 4
     assert len(corrections) == 4

@@ -74,20 +74,13 @@ def cleaned(text: str, *, is_json: bool) -> str:
 def markup(text: str) -> str | None:
     """What stands in an answer that only a chat template should write: a control token or a tag of thoughts.
 
-    Its bare name and the words before it: written out, it would end the turn that quotes it.
+    Its bare name: written out, it would end the turn that quotes it.
     """
     found = _CONTROL_TOKEN.search(text)
     written = found[0] if found else thought_tag(text)
     if written is None:
         return None
-    before = text[: text.find(written)].rstrip()[-12:]
-    name = re.sub(r"[^\w:]+", " ", written).strip() or written
-    return f"'{name}'" + (f" after '{without_control_tokens(before)}'" if before else "")
-
-
-def without_control_tokens(text: str) -> str:
-    """A text that can be shown to a model as somebody's words."""
-    return _CONTROL_TOKEN.sub("", text)
+    return re.sub(r"[^\w:]+", " ", written).strip() or written
 
 
 def _trimmed(text: str) -> str:

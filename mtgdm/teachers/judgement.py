@@ -159,7 +159,7 @@ def script_problem(text: str, script: Script | None) -> str | None:
 
 def _markup_problem(text: str) -> str | None:
     found = markup(text)
-    return None if found is None else f"markup of a chat template stands inside the answer: {found}"
+    return None if found is None else f"markup of a chat template stands inside the answer: '{found}'"
 
 
 def _named(facts: Sequence[str]) -> str:
