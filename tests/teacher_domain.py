@@ -60,8 +60,7 @@ class Gardens(Domain):
 
     def answer(self, facts: Mapping[str, Any], prompt_type: str) -> str:
         if prompt_type == "card":
-            card = {"name": facts["name"], "year": facts["year"]}
-            return json.dumps(card, ensure_ascii=False, separators=(",", ":"))
+            return json.dumps({"name": facts["name"], "year": facts["year"]}, ensure_ascii=False)
         return f"{facts['name']}建于{facts['year']}年。"
 
 
