@@ -503,7 +503,7 @@ def test_an_invalid_answer_is_repaired_in_a_second_turn(tmp_path: Path, server: 
     def answer(question: Question) -> str:
         right = right_answer(question)
         return (
-            right if len(question.body["messages"]) > 2 else right.replace('"year": 1100', '"year": "1100"')
+            right if len(question.body["messages"]) > 2 else right.replace('"year":1100', '"year":"1100"')
         )
 
     server.answer = answer
