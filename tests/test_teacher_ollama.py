@@ -92,7 +92,7 @@ def test_nothing_is_left_to_the_servers_defaults(tmp_path: Path, server: OllamaS
     )
     assert card["format"] == Card.model_json_schema()
     assert "format" not in note
-    assert (card["stream"], card["think"], card["truncate"], card["shift"]) == (False, False, False, False)
+    assert (card["stream"], card["think"], card["truncate"], card["shift"]) == (True, False, False, False)
     assert card["keep_alive"] == "30m"
     options = card["options"]
     assert options.pop("num_ctx") == 2048  # a short prompt, two answers of 500 tokens, rounded up
@@ -405,7 +405,7 @@ def test_a_failure_that_passes_costs_a_second_try_and_no_row(
     server.fault = once(fault)
     write_prompts(tmp_path, 2)
 
-    ask(tmp_path, server, timeout_s=0.5)
+    ask(tmp_path, server, timeout_s=0.5, first_token_timeout_s=0.5)
 
     rows = kept(tmp_path)
     assert len(rows) == 4
