@@ -534,10 +534,12 @@ def test_an_answer_that_stays_invalid_is_put_aside(tmp_path: Path, server: Ollam
 
 
 def test_a_cut_answer_is_asked_for_again_shorter_and_never_kept(tmp_path: Path, server: OllamaServer) -> None:
+    long = "".join(f"第{number}段。" for number in range(300))
+
     def answer(question: Question) -> str:
         if "第1园" in question.text:
-            return "长" * 1000 + "。"
-        return right_answer(question) if "be brief" in question.text else "长" * 1000 + "。"
+            return long
+        return right_answer(question) if "be brief" in question.text else long
 
     server.answer = answer
     write_prompts(tmp_path, 2, types=["note"])
@@ -560,7 +562,7 @@ def test_a_prompt_that_does_not_fit_is_refused_by_the_server_not_cut(
     ask(tmp_path, server, num_ctx=1024)
 
     assert len(kept(tmp_path)) == 1
-    assert "longer than the context length" in reasons(tmp_path)[0]
+    assert "exceeds the available context size (1024 tokens)" in reasons(tmp_path)[0]
 
 
 def test_a_prompt_cut_by_an_old_server_is_noticed(tmp_path: Path, server: OllamaServer) -> None:

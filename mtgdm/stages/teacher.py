@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,7 +134,8 @@ def run(config: TeacherConfig, context: Context) -> Result:
             ledger.verify(prompts)
         reasons = _ask(config, context, prompts, asked, judge, ledger)
         settled = ledger.settle(prompts, judge)
-    return _report(config, context, prompts, backend, ledger, settled, reasons)
+    adjusted = {one.place: one.adjustments for one in asked if one.adjustments}
+    return _report(config, context, prompts, backend, ledger, settled, reasons, adjusted)
 
 
 def _ask(
@@ -159,7 +159,7 @@ def _ask(
 
     from mtgdm.teachers.loop import Loop
 
-    kept = rejected = tokens = again = 0
+    kept = rejected = again = 0
     backend, log = asked[0], context.log
     log.info(
         "%s %s, fingerprint %s, num_ctx %d: %d prompts, %d done",
@@ -173,7 +173,7 @@ def _ask(
     with context.progress(prompts.asked, "rows", done=int(done.sum())) as bar:
 
         def record(outcome: Outcome) -> None:
-            nonlocal kept, rejected, tokens
+            nonlocal kept, rejected
             if outcome.reason is None:
                 ledger.keep(_kept(outcome, backend))
                 kept += 1
@@ -181,7 +181,6 @@ def _ask(
                 ledger.reject(_rejected(outcome, backend))
                 rejected += 1
                 reasons[_printable(re.sub(r"\d+", "…", outcome.reason))] += 1
-            tokens += (outcome.completion.output_tokens or 0) if outcome.completion else 0
             log.info("%s", _line(outcome))
             bar.advance()
             bar.note(told())
@@ -193,16 +192,8 @@ def _ask(
             bar.note(told())
 
         def told() -> str:
-            parts = [f"{kept:,} kept, {rejected:,} rejected"]
-            if tokens:
-                parts.append(f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
-            if loop.in_flight:
-                parts.append(f"{loop.in_flight} in flight")
-            if again:
-                parts.append(f"{again:,} asked again")
-            return " · ".join(parts)
+            return f"{kept:,} kept, {rejected:,} rejected" + (f" · {again:,} asked again" if again else "")
 
-        started = time.monotonic()
         loop = Loop(
             asked,
             backend.settings,
@@ -211,6 +202,7 @@ def _ask(
             say=say,
             warn=lambda text: context.warn(_printable(text)),
         )
+        bar.live = loop.notes
         asyncio.run(loop.run(prompts.rows(~done), record))
     return reasons
 
@@ -234,6 +226,7 @@ def _kept(outcome: Outcome, backend: Backend) -> dict[str, Any]:
         "seconds": completion.seconds,
         "attempts": outcome.attempts,
         "repaired": outcome.repaired,
+        **({"adjusted": completion.adjusted} if completion.adjusted else {}),
         "facts": facts_json(outcome.facts),
     }
     return {
@@ -289,6 +282,7 @@ def _report(
     ledger: Ledger,
     settled: Settled,
     reasons: Counter[str],
+    adjusted: dict[str, list[str]],
 ) -> Result:
     answered = prompts.among(ledger.kept_ids)
     kept = int(answered.sum())
@@ -322,6 +316,7 @@ def _report(
             "rejected": rejected,
             "duplicates": prompts.duplicates,
             "stale": settled.moved,
+            **({"adjusted": adjusted} if adjusted else {}),
         },
         summary=summary,
     )

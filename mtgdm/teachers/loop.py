@@ -166,25 +166,22 @@ class Loop:
     @property
     def tokens(self) -> int:
         """Tokens that were written, those of answers that are not over included."""
-        return self._tokens + sum(watch.pieces for watch in self._watches)
+        return self._tokens + sum(watch.pieces for watch in tuple(self._watches))
 
-    @property
     def notes(self) -> list[str]:
-        """How it goes just now, for the progress: the speed, and what is in flight."""
-        parts = []
-        written = sum(watch.pieces for watch in self._watches)
-        if self._first_token_at is not None and (tokens := self._tokens + written):
+        """How it goes just now, for the progress, which may ask from another thread: the speed, and what is in flight."""
+        speed = []
+        if self._first_token_at is not None and (tokens := self.tokens):
             elapsed_s = max(time.monotonic() - self._first_token_at, 1e-3)
-            parts.append(f"{tokens / elapsed_s:,.0f} tokens/s")
-        if self.in_flight:
-            parts.append(f"{self.in_flight} in flight" + (f" with {written:,} tokens so far" if written else ""))
-        return parts
+            speed = [f"{tokens / elapsed_s:,.0f} tokens/s"]
+        return [*speed, *self.flight_notes()]
 
-    @property
-    def adjustments(self) -> dict[str, list[str]]:
-        """By address, how its server was asked otherwise than the settings say."""
-        backends = [endpoint.backend for endpoint in self._endpoints.all]
-        return {one.place: list(one.adjustments) for one in backends if one.adjustments}
+    def flight_notes(self) -> list[str]:
+        """How many rows are in flight, and how much of their answers is written."""
+        if not self.in_flight:
+            return []
+        written = sum(watch.pieces for watch in tuple(self._watches))
+        return [f"{self.in_flight} in flight" + (f" with {written:,} tokens so far" if written else "")]
 
     @property
     def answers_at_once(self) -> int | None:
@@ -543,11 +540,13 @@ class Loop:
         """Rows that another setting would have saved are not rejected while none of their type was kept."""
         held = self._of_setting.setdefault(outcome.row.type, [])
         held.append(outcome)
-        if len(held) < SAME_SETTING:
+        count, of_type = len(held), f" of the type {outcome.row.type}" if outcome.row.type else ""
+        if not self._kept:
+            count, of_type = sum(map(len, self._of_setting.values())), ""
+        if count < SAME_SETTING:
             return []
-        of_type = f" of the type {outcome.row.type}" if outcome.row.type else ""
         raise Unavailable(
-            f"the first {len(held)} rows{of_type} were all lost to a setting: {outcome.reason}", hint=outcome.hint
+            f"the first {count} rows{of_type} failed for one setting: {outcome.reason}", hint=outcome.hint
         )
 
     def _answered(self, outcome: Outcome) -> list[Outcome]:

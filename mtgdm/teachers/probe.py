@@ -114,7 +114,7 @@ def probed(
     Raises Unavailable where the teacher cannot be asked.
     """
     places = _places(work, settings)
-    asked = _ask(work, settings, judge, min(count, work.to_ask), context)
+    asked, at_once = _ask(work, settings, judge, min(count, work.to_ask), context)
     answers = [
         Answer(one.outcome.row.type or UNTYPED, _tokens(one.outcome), held_s, at_start=number < places)
         for number, (one, held_s) in enumerate(zip(asked, _held(asked, places), strict=True))
@@ -130,6 +130,7 @@ def probed(
         "asked": len(asked),
         "would_be_kept": len(asked) - reasons.total(),
         "output_tokens_per_s": speed and round(speed, 1),
+        "answers_at_once": at_once,
     }
     if reasons:
         found["rejected"] = ", ".join(f"{times:,} × {reason}" for reason, times in reasons.most_common(3))
@@ -176,8 +177,13 @@ class _Asked:
     outcome: Outcome
 
 
-def _ask(work: Work, settings: TeacherSettings, judge: Judge, count: int, context: Context) -> list[_Asked]:
-    """Ask so many rows through the real loop and write nothing; in the order in which they took their places."""
+def _ask(
+    work: Work, settings: TeacherSettings, judge: Judge, count: int, context: Context
+) -> tuple[list[_Asked], int | None]:
+    """Ask so many rows through the real loop and write nothing; in the order in which they took their places.
+
+    With them comes how many answers the server writes at once, where these are fewer than it is asked for.
+    """
     import asyncio
 
     from mtgdm.teachers.loop import Loop
@@ -209,8 +215,9 @@ def _ask(work: Work, settings: TeacherSettings, judge: Judge, count: int, contex
             judge,
             warn=context.terminal.warn,
         )
+        bar.live = loop.notes
         asyncio.run(loop.run(rows(), record))
-    return [asked[identity] for identity in began]
+    return [asked[identity] for identity in began], loop.answers_at_once
 
 
 def _held(asked: Sequence[_Asked], places: int) -> list[Expected]:

@@ -198,6 +198,8 @@ class Completion:
     prompt_tokens: int | None
     output_tokens: int | None
     seconds: float
+    adjusted: str = ""
+    """How it was asked for otherwise than the settings say, as the server would not take that: `without seed`."""
 
 
 class Backend(ABC):

@@ -142,6 +142,8 @@ class ServerBackend(Backend):
         adjustments.answered(request)
         self.holds_to_schema = adjustments.holds_to_schema
         completion = self._completion(reader, round(time.perf_counter() - started, 6))
+        if adjustments.made:
+            completion = replace(completion, adjusted=", ".join(adjustments.made))
         self._check_counts(messages, completion)
         return completion
 
