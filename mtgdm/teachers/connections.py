@@ -9,6 +9,7 @@ import ssl
 import urllib.request
 from abc import ABC, abstractmethod
 from base64 import b64encode
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -108,6 +109,7 @@ class Direct(Connections):
         self._url = url
         self._tls = tls_context() if url.scheme == "https" else None
         self._idle: list[Connection] = []
+        self._target = cache(lambda path: _under(url, path).raw_path)
 
     async def send(
         self, method: str, path: str, body: bytes | None = None, reader: BodyReader | None = None
@@ -134,7 +136,7 @@ class Direct(Connections):
         await asyncio.sleep(0)  # transports close in the loop's next turn
 
     def _request(self, method: str, path: str, body: bytes | None) -> bytes:
-        target = _under(self._url, path).raw_path
+        target: bytes = self._target(path)
         length = b"" if body is None else b"Content-Length: %d\r\n" % len(body)
         head = b"%b %b HTTP/1.1\r\n%b%b\r\n" % (method.encode("ascii"), target, self._headers, length)
         return head if body is None else head + body

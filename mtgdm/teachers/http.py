@@ -126,15 +126,17 @@ class _Chunked:
         while not self._trailing:
             if self._left:
                 # The last two bytes of what is left are the line break.
-                stop = min(place + self._left, end)
-                body_end = min(stop, place + self._left - 2)
+                stop = place + self._left
+                body_end = stop - 2
+                if stop > end:
+                    parts.append(data[place:body_end])
+                    self._left = stop - end
+                    return b"".join(parts), None
                 if body_end > place:
                     parts.append(data[place:body_end])
-                self._left -= stop - place
+                self._left = 0
                 place = stop
-                if self._left:
-                    return b"".join(parts), None
-                if place >= 2 and data[place - 1] != 0x0A:
+                if data[place - 1] != 0x0A:
                     raise NotHttp("a chunk is longer than it says")
             line_end = data.find(b"\n", place)
             if line_end < 0:

@@ -425,6 +425,7 @@ class Loop:
             raise
         else:
             endpoint.reached()
+            self._first_token_at = self._first_token_at or watch.asked_at
             self._tokens += (completion.output_tokens or watch.pieces) - watch.pieces
         finally:
             self._watches.discard(watch)

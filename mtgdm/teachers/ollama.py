@@ -118,12 +118,12 @@ class ChatReader(AnswerReader):
         """A line of a stream, or the whole."""
         message = value.get("message")
         if isinstance(message, dict):
-            text, thought = message.get("content"), message.get("thinking")
+            text = message.get("content")
             if isinstance(text, str):
                 self.messages += 1
                 if text:
                     self.add(text)
-            if isinstance(thought, str) and thought:
+            if (thought := message.get("thinking")) and isinstance(thought, str):
                 self.add_thought(thought)
         self.last = value
         if value.get("done") is True:

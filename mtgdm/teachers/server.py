@@ -167,8 +167,10 @@ class ServerBackend(Backend):
             return reply
         if not reply.body:
             reader.finish()
-        elif not reader.read_lines(reply):
-            reader.take(reply_object(reply))
+        else:
+            if not reader.read_lines(reply):
+                reader.take(reply_object(reply))
+            reader.watch.alive()
         failed = reader.failed
         if failed is None:
             return reply

@@ -126,8 +126,7 @@ class AnswerReader(ABC):
     def _take(self, value: Any) -> None:
         if not isinstance(value, dict):
             raise Retryable(f"the reply is no JSON object but {type(value).__name__}")
-        error = value.get("error")
-        if error:
+        if error := value.get("error"):
             self.failed = replace(
                 Reply(self._status, self._headers, json.dumps(value).encode("utf-8")), status=_status_of(error)
             )

@@ -36,7 +36,7 @@ SHOWN = 24
 
 _THOUGHTS = re.compile(
     r"\s*(?:<\|?[/\w]*(?:think|thought|reason|reflect|channel|start|analysis|begin_of|message|plan|scratch)|\[THINK|\[THOUGHT"
-    r"|◁|<seed:|analysis(?![a-z ])|\*\*think|思考|Thinking)",
+    r"|◁|<seed:|(?-i:analysis[A-Z])|\*\*think|思考|Thinking)",
     re.IGNORECASE,
 )
 """How thoughts begin that stand in the text itself: in another language, and no JSON."""
