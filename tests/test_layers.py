@@ -13,8 +13,8 @@ import mtgdm
 
 PACKAGE = Path(mtgdm.__file__).parent
 LAYERS = [
-    {"errors", "processes", "rows", "row_ids", "manifest", "plugins", "shipped"},
-    {"stage", "estimates", "domain", "profiles", "terminal", "interrupts", "checkpoints"},
+    {"errors", "processes", "rows", "row_ids", "manifest", "plugins", "shipped", "thoughts"},
+    {"stage", "estimates", "contracts", "domain", "profiles", "terminal", "interrupts", "checkpoints"},
     {"tourism", "teachers", "student", "scoring", "evaluation", "export", "charts", "reports"},
     {"stages"},
     {"registry", "pipeline", "doctor", "testing"},

@@ -142,7 +142,7 @@ def test_thoughts_and_fences_are_taken_off(tmp_path: Path, server: OllamaServer)
     ask(tmp_path, server)
 
     answers = [row["messages"][-1]["content"] for row in kept(tmp_path)]
-    assert answers == ['{"name": "第0园", "year": 1100}', "第0园建于1100年。"]
+    assert answers == ['{"name":"第0园","year":1100}', "第0园建于1100年。"]
 
 
 def test_a_model_that_knows_no_think_key_is_asked_without(tmp_path: Path, server: OllamaServer) -> None:
@@ -512,7 +512,7 @@ def test_an_invalid_answer_is_repaired_in_a_second_turn(tmp_path: Path, server: 
     ask(tmp_path, server)
 
     (row,) = kept(tmp_path)
-    assert row["messages"][-1]["content"] == '{"name": "第0园", "year": 1100}'
+    assert row["messages"][-1]["content"] == '{"name":"第0园","year":1100}'
     assert len(row["messages"]) == 3
     assert (row["meta"]["teacher"]["attempts"], row["meta"]["teacher"]["repaired"]) == (2, True)
     shown, said = server.questions[1].body["messages"][2:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -46,6 +46,8 @@ class TeacherConfig(TeacherSettings):
     """Reject answers that tell less than this share of their record's facts; 0 keeps them all."""
     max_unsupported: int | None = Field(None, ge=0)
     """Reject answers with more claims than this that their record does not support; by default none is rejected."""
+    json_form: Literal["compact", "as_answered"] = "compact"
+    """How JSON answers are kept: keys in the contract's order and no white space, or as the model wrote them."""
     strict: bool = False
     """End with exit code 1 when any row is rejected."""
 
@@ -88,7 +90,10 @@ class TeacherConfig(TeacherSettings):
         from mtgdm.teachers.judgement import Judge
 
         return Judge(
-            context.domain, min_fact_recall=self.min_fact_recall, max_unsupported=self.max_unsupported
+            context.domain,
+            min_fact_recall=self.min_fact_recall,
+            max_unsupported=self.max_unsupported,
+            json_form=self.json_form,
         )
 
     def _work(self) -> Work | None:
@@ -175,7 +180,7 @@ def _ask(
         def record(outcome: Outcome) -> None:
             nonlocal kept, rejected
             if outcome.reason is None:
-                ledger.keep(_kept(outcome, backend))
+                ledger.keep(_kept(outcome, backend, judge))
                 kept += 1
             else:
                 ledger.reject(_rejected(outcome, backend))
@@ -210,7 +215,7 @@ def _ask(
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def _kept(outcome: Outcome, backend: Backend) -> dict[str, Any]:
+def _kept(outcome: Outcome, backend: Backend, judge: Judge) -> dict[str, Any]:
     from mtgdm.teachers.judgement import facts_json
 
     row, completion = outcome.row, outcome.completion
@@ -231,7 +236,7 @@ def _kept(outcome: Outcome, backend: Backend) -> dict[str, Any]:
     }
     return {
         "id": row.id,
-        "messages": [*row.prompt, {"role": "assistant", "content": outcome.text}],
+        "messages": [*row.prompt, {"role": "assistant", "content": judge.kept_text(row, outcome.text)}],
         "meta": {**row.meta, "teacher": teacher},
         **row.rest,
     }
@@ -339,6 +344,11 @@ def _say_what_was_settled(context: Context, prompts: Prompts, ledger: Ledger, se
     if settled.refreshed:
         context.print(
             f"{settled.refreshed:,} answers took over the changed meta (split, record) of their prompts"
+        )
+    if settled.compacted:
+        context.print(
+            f"{settled.compacted:,} answers of earlier runs were brought into one JSON form; "
+            "`json_form: as_answered` leaves them as they came"
         )
 
 
