@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mtgdm.contracts import schema_of
 from mtgdm.errors import SettingError, UserError
 from mtgdm.rows import Row
 from mtgdm.teachers import loop
@@ -90,7 +91,7 @@ def test_nothing_is_left_to_the_servers_defaults(tmp_path: Path, server: OllamaS
     card, note = sorted(
         (question.body for question in server.questions), key=lambda body: "format" not in body
     )
-    assert card["format"] == Card.model_json_schema()
+    assert card["format"] == schema_of(Card)
     assert "format" not in note
     assert (card["stream"], card["think"], card["truncate"], card["shift"]) == (True, False, False, False)
     assert card["keep_alive"] == "30m"

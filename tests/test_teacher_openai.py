@@ -15,6 +15,7 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
+from mtgdm.contracts import schema_of
 from mtgdm.errors import SettingError
 from mtgdm.rows import Row
 from mtgdm.teachers.openai import OpenAI
@@ -77,7 +78,7 @@ def test_a_question_names_everything_that_shapes_the_answer(monkeypatch: pytest.
     assert str(request.url) == "http://host:8000/v1/chat/completions"
     assert request.headers["Authorization"] == f"Bearer {KEY}"
     body = json.loads(request.content)
-    assert body["response_format"]["json_schema"]["schema"] == Contract.model_json_schema()
+    assert body["response_format"]["json_schema"]["schema"] == schema_of(Contract)
     del body["response_format"]
     assert body == {
         "model": "qwen",

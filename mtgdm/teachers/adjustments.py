@@ -6,6 +6,7 @@ Every field of a request has servers that refuse it: `seed` (Gemini, Mistral), `
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -37,18 +38,20 @@ _SYSTEM = re.compile(
     r"|roles? must alternate|only user and (?:assistant|model) roles",
     re.IGNORECASE,
 )
+_TOO_MUCH_SCHEMA = re.compile(
+    r"grammar|max_?length|max_?items|minItems|compil|too (?:large|complex|deep|many)|repetition|keyword|constraint", re.IGNORECASE
+)
+"""What of a schema is too much for servers that take schemas."""
 _STREAM = re.compile(r"\bstream|streaming", re.IGNORECASE)
 _ONLY = re.compile(r"\bonly\b|must be|required|non-streaming", re.IGNORECASE)
-_BOUNDS = ("maxLength", "maxItems", "minLength", "minItems")
 _LEFT_OUT = ("seed", "top_p", "temperature", "keep_alive", "think", "truncate", "shift")
 
 
 class Adjustments:
     """How one server is asked."""
 
-    def __init__(self, place: str, schema_key: str, tell: Callable[[str], None]) -> None:
-        """`schema_key`: the field that holds an answer to a schema."""
-        self._place = place
+    def __init__(self, schema_key: str, tell: Callable[[str], None]) -> None:
+        """`schema_key`: the field that holds an answer to a schema; `tell` hears how the server is asked."""
         self._schema_key = schema_key
         self._tell = tell
         self._made: dict[str, str] = {}
@@ -68,6 +71,11 @@ class Adjustments:
         """Whether it is still sent schemas."""
         return self._schema_key not in self._made
 
+    @property
+    def bounded(self) -> bool:
+        """Whether schemas are sent with the largest sizes of texts and lists."""
+        return "bounds" not in self._made
+
     def apply(self, request: JsonObject) -> JsonObject:
         """The request as this server takes it."""
         for field in self._made:
@@ -76,13 +84,10 @@ class Adjustments:
                 request.pop("stream_options", None)
             elif field == "system":
                 request["messages"] = folded(request["messages"])
-            elif field == "bounds":
-                if schema := request.get(self._schema_key):
-                    request[self._schema_key] = without_bounds(schema)
             elif field == "max_tokens":
                 if (limit := request.pop("max_tokens", None)) is not None and self._limit:
                     request[self._limit] = limit
-            else:
+            elif field != "bounds":
                 request.pop(field, None)
         return request
 
@@ -125,7 +130,8 @@ class Adjustments:
     ) -> bool:
         if "stream_options" in request and ("stream_options" in named or "stream_options" in words):
             return self._make("stream_options", "without stream_options", words)
-        if not _STREAM.search(words) or not (unsupported or "stream" in named or _ONLY.search(words)):
+        told = _STREAM.search(words) and (unsupported or _ONLY.search(words))
+        if not told and "stream" not in named:
             return False
         if "stream" in self._made:
             if request["stream"] is (self._made["stream"] == "as streams"):
@@ -148,7 +154,7 @@ class Adjustments:
         if refused:
             key = refused[0]
             if key == "temperature" and request[key] == 0:
-                raise Unavailable(f"{self._place} takes no temperature of 0: {words}", hint="--temperature 1")
+                raise Unavailable(f"the server takes no temperature of 0: {words}", hint="--temperature 1")
             return self._make(key, f"without {key}", words)
         limit = next((key for key in ("max_completion_tokens", "max_tokens") if key in request), None)
         if limit is None or not (unsupported and (limit in named or _names(words, limit))):
@@ -168,7 +174,7 @@ class Adjustments:
         schema = request.get(self._schema_key)
         if schema is None or not _SCHEMA.search(words):
             return False
-        if without_bounds(schema) != schema and "bounds" not in self._made:
+        if _has_bounds(schema) and _TOO_MUCH_SCHEMA.search(words):
             return self._make("bounds", "without bounds in the schema", words)
         self.leave_out_schema(words)
         return True
@@ -181,7 +187,7 @@ class Adjustments:
     def _make(self, field: str, how: str, why: str) -> bool:
         if field not in self._made:
             self._made[field] = how
-            self._tell(f"{self._place} is asked {how}: {why}")
+            self._tell(f"is asked {how}: {why}")
         return True
 
 
@@ -196,19 +202,8 @@ def folded(messages: list[Message]) -> list[Message]:
     return rest
 
 
-def without_bounds(schema: Any) -> Any:
-    """A schema without the largest sizes of texts and lists; a property of such a name is no bound."""
-    if isinstance(schema, list):
-        return [without_bounds(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: {name: without_bounds(one) for name, one in value.items()}
-        if key in ("properties", "$defs", "definitions") and isinstance(value, dict)
-        else without_bounds(value)
-        for key, value in schema.items()
-        if key not in _BOUNDS
-    }
+def _has_bounds(schema: Any) -> bool:
+    return any(f'"{bound}"' in json.dumps(schema) for bound in ("maxLength", "maxItems"))
 
 
 def _names(words: str, key: str) -> bool:

@@ -24,6 +24,7 @@ from mtgdm.teachers.endpoints import Endpoint, Endpoints, doubled
 from mtgdm.teachers.finish import Finish, finish
 from mtgdm.teachers.judgement import Standard
 from mtgdm.teachers.lengths import Lengths
+from mtgdm.teachers.repair import both_reasons, repair_turns, repeats_repair
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
 from mtgdm.teachers.slots import Slots
 from mtgdm.teachers.watch import AnswerWatch
@@ -55,10 +56,6 @@ NEARLY = 0.9
 LONGEST_SHOWN = 4000
 """So much of an answer is shown to its teacher in the repair turn."""
 
-CORRECTION = (
-    "This answer cannot be used: {problem}. Answer the question again, in full and in the language it asks "
-    "for, with this corrected. Output nothing but the answer."
-)
 SHORTER = "(The answer must be complete within {max_tokens} tokens: be brief.)"
 
 
@@ -264,14 +261,14 @@ class Loop:
                 first = problem
                 self._say(f"{row.id} is asked again: {problem}")
                 problem = await self._answer(asking, self._repair(asking, problem))
+                if problem is None and repeats_repair(asking.text):
+                    problem = "the answer repeats what was said to be wrong with it"
         except Refused as error:
             return self._lost(asking, str(error), Failure.REFUSED, hint=error.hint, setting=error.setting)
         except Retryable as error:
             return self._lost(asking, str(error), Failure.EXHAUSTED, lost=error.lost)
         if problem is not None:
-            if first is not None and _plain(first) != _plain(problem):
-                problem = f"{problem} (at first: {first})"
-            return self._lost_answer(asking, problem)
+            return self._lost_answer(asking, problem if first is None else both_reasons(first, problem))
         return Outcome(
             row, asking.completion, asking.text, asking.attempts, repaired=repaired, facts=asking.facts
         )
@@ -316,11 +313,8 @@ class Loop:
             brief = SHORTER.format(max_tokens=asking.options.max_tokens)
             last = question[-1]
             return [*question[:-1], {"role": last["role"], "content": f"{last['content']}\n\n{brief}"}]
-        return [
-            *question,
-            {"role": "assistant", "content": asking.text[:LONGEST_SHOWN]},
-            {"role": "user", "content": CORRECTION.format(problem=problem)},
-        ]
+        answer = asking.text[:LONGEST_SHOWN]
+        return repair_turns(question, answer, problem, is_json=asking.contract is not None)
 
     def _lost_answer(self, asking: _Asking, problem: str) -> Outcome:
         """A row whose answer will not do; where `max_tokens` cut it, that setting is to blame."""
@@ -607,8 +601,4 @@ def _kind(outcome: Outcome) -> str:
     """What makes two failures the same: figures in the words do not matter, nor how a lost server shows."""
     if outcome.failure is Failure.EXHAUSTED:
         return Failure.EXHAUSTED.value
-    return _plain(outcome.reason or "")
-
-
-def _plain(reason: str) -> str:
-    return re.sub(r"\d+", "0", reason)
+    return re.sub(r"\d+", "0", outcome.reason or "")

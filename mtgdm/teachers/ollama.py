@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mtgdm.contracts import schema_of
 from mtgdm.teachers.finish import Finish
 from mtgdm.teachers.repetition import repeats_at_end
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
-from mtgdm.teachers.server import ServerBackend, count, schema_of
+from mtgdm.teachers.server import ServerBackend, count
 from mtgdm.teachers.streams import AnswerReader
 from mtgdm.teachers.words import said, speaks_of_model
 
@@ -69,7 +70,7 @@ class Ollama(ServerBackend):
             },
         }
         if contract is not None:
-            request["format"] = schema_of(contract)
+            request["format"] = schema_of(contract, bounded=self._adjustments.bounded)
         return request
 
     def _reader(self, options: Options) -> AnswerReader:

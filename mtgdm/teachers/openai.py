@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
+from mtgdm.contracts import schema_of
 from mtgdm.errors import SettingError
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
-from mtgdm.teachers.server import ServerBackend, count, schema_of
+from mtgdm.teachers.server import ServerBackend, count
 from mtgdm.teachers.streams import AnswerReader
 from mtgdm.teachers.words import said
 
@@ -100,7 +101,7 @@ class OpenAI(ServerBackend):
                 "type": "json_schema",
                 "json_schema": {
                     "name": contract.__name__.lower(),
-                    "schema": schema_of(contract),
+                    "schema": schema_of(contract, bounded=self._adjustments.bounded),
                     "strict": True,
                 },
             }

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
@@ -79,7 +78,7 @@ class ServerBackend(Backend):
         self._transport = transport
         self._counts = PromptCounts()
         self._counts_uncached = False
-        self._adjustments = Adjustments(self.place, self.schema_key, lambda text: self.tell(text))
+        self._adjustments = Adjustments(self.schema_key, lambda text: self.tell(f"{self.place} {text}"))
 
     async def __aenter__(self) -> Self:
         headers = {"Content-Type": "application/json", "Accept": "application/json"} | self._headers()
@@ -291,12 +290,6 @@ def server_url(given: str, paths: Sequence[str] = ()) -> str:
     if url.scheme not in ("http", "https") or not url.host or no_port:
         raise SettingError(f"'{given}' is no address of a server", hint="http://localhost:11434")
     return text
-
-
-@cache
-def schema_of(contract: type[BaseModel]) -> dict[str, Any]:
-    """The JSON Schema that a server holds an answer to."""
-    return contract.model_json_schema()
 
 
 def reply_object(reply: Reply) -> dict[str, Any]:
