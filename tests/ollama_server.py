@@ -1,9 +1,9 @@
 """An Ollama server for tests: the HTTP API as its source has it, an answer of our choosing, faults on request.
 
 As seen of the real one on 2026-11-28 (source of 2026-08-21): answers are streamed as `application/x-ndjson`, a line a
-token, where `stream` is not false; `slots` of them are written at once, and the others get neither a header nor a token
-until their turn; the keys of a JSON schema are sorted, as it goes through a map; the context is rounded up to a multiple of
-256; a schema with a bound of 2,000 is no grammar; an answer of 30 equal tokens is ended without `done`.
+token, where `stream` is not false; `slots` of them are written at once, and the others get neither a header nor a
+token until their turn; the keys of a JSON schema are sorted, as it goes through a map; the context is rounded up to
+a multiple of 256; a schema with a bound of 2,000 is no grammar; an answer of 30 equal tokens is ended without `done`.
 
 Durations are nanoseconds; counts of zero and empty reasons are left out of replies; wrong types of options
 are errors, unknown options are not; a prompt that does not fit is refused only where `truncate` and `shift`
@@ -190,7 +190,10 @@ class OllamaServer:
         prompt_tokens = self._prompt_tokens(body)
         if prompt_tokens > num_ctx:
             if not self.cuts_prompts and body.get("truncate") is False and body.get("shift") is False:
-                said = f"request ({prompt_tokens} tokens) exceeds the available context size ({num_ctx} tokens), try increasing it"
+                said = (
+                    f"request ({prompt_tokens} tokens) exceeds the available context size ({num_ctx} tokens)"
+                )
+                said += ", try increasing it"
                 error = {"code": 400, "message": said, "type": "exceed_context_size_error"}
                 return 400, _of_runner({**error, "n_prompt_tokens": prompt_tokens, "n_ctx": num_ctx})
             prompt_tokens = num_ctx // 2

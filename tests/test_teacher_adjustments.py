@@ -16,10 +16,10 @@ from pydantic import BaseModel
 
 from mtgdm.rows import Row
 from mtgdm.teachers.adjustments import folded
+from mtgdm.teachers.http import Reply
 from mtgdm.teachers.openai import OpenAI
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, TeacherSettings, Unavailable
 from mtgdm.teachers.words import said
-from mtgdm.teachers.http import Reply
 from tests.conftest import CommandLine, read_rows, write_lines
 from tests.teacher_domain import Gardens
 
@@ -54,7 +54,9 @@ class Picky:
         status, body = refused or (200, answer())
         return httpx.Response(status, json=body)
 
-    def ask(self, times: int = 1, *, contract: type[BaseModel] | None = Contract, **settings: Any) -> list[Completion]:
+    def ask(
+        self, times: int = 1, *, contract: type[BaseModel] | None = Contract, **settings: Any
+    ) -> list[Completion]:
         given = {"backend": "openai", "model": "m", "url": ["http://host"], **settings}
 
         async def run() -> list[Completion]:
@@ -80,7 +82,11 @@ def refusing(key: str, words: str | Body, status: int = 400) -> Callable[[Body],
     [
         ("seed", "Unrecognized request argument supplied: seed", 400),
         ("seed", 'Invalid JSON payload received. Unknown name "seed": Cannot find field.', 400),
-        ("seed", {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs"}]}, 422),
+        (
+            "seed",
+            {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs"}]},
+            422,
+        ),
         ("seed", {"error": {"message": "no", "param": "seed"}}, 400),
         ("seed", "property 'seed' is unsupported", 400),
         ("top_p", "`temperature` and `top_p` cannot both be specified for this model.", 400),
@@ -136,9 +142,9 @@ def test_the_limit_goes_by_another_name_or_not_at_all() -> None:
 @pytest.mark.parametrize("status", [400, 500])
 def test_a_system_text_goes_into_the_first_user_turn(words: str, status: int) -> None:
     server = Picky(
-        lambda asked: (status, {"error": {"message": words}})
-        if asked["messages"][0]["role"] == "system"
-        else None
+        lambda asked: (
+            (status, {"error": {"message": words}}) if asked["messages"][0]["role"] == "system" else None
+        )
     )
     server.ask(2)
     assert server.asked[1]["messages"] == [{"role": "user", "content": "只用资料。\n\n西湖在哪里？"}]
@@ -155,7 +161,10 @@ def test_what_follows_the_first_user_turn_stays() -> None:
 @pytest.mark.parametrize(
     ("streams", "words"),
     [
-        (False, "This model only support stream mode, please enable the stream parameter to access the model."),
+        (
+            False,
+            "This model only support stream mode, please enable the stream parameter to access the model.",
+        ),
         (False, "parameter.enable_thinking must be set to false for non-streaming calls"),
         (True, "Streaming is not supported"),
         (True, {"error": {"message": "Unsupported value", "param": "stream"}}),
@@ -199,7 +208,12 @@ def test_a_schema_that_alone_makes_a_server_fail_is_left_out() -> None:
     [
         (400, "No connected db.", Unavailable, "HTTP 400: No connected db"),
         (400, "API key not valid. Please pass a valid API key.", Unavailable, "HTTP 400: API key"),
-        (400, "Invalid model name passed in model=m. Call `/v1/models`", Unavailable, "does not serve the model"),
+        (
+            400,
+            "Invalid model name passed in model=m. Call `/v1/models`",
+            Unavailable,
+            "does not serve the model",
+        ),
         (400, "m is not a valid model ID", Unavailable, "does not serve the model"),
         (400, "Output data may contain inappropriate content.", Refused, "the server's content filter"),
         (400, "Content Exists Risk", Refused, "the server's content filter"),

@@ -46,7 +46,9 @@ def chunk(**delta: Any) -> dict[str, Any]:
 
 
 def sse(*events: Any, end: str = "\n\n", done: bool = True) -> bytes:
-    lines = [one if isinstance(one, str) else "data: " + json.dumps(one, ensure_ascii=False) for one in events]
+    lines = [
+        one if isinstance(one, str) else "data: " + json.dumps(one, ensure_ascii=False) for one in events
+    ]
     return "".join(f"{line}{end}" for line in [*lines, *(["data: [DONE]"] if done else [])]).encode()
 
 
@@ -127,7 +129,11 @@ def test_json_lines_are_one_answer_whatever_they_are_called(
     body = line("西湖") + line("在杭州。") + line("", **LAST)
     for found in (body, body[:-1]):
         completion = read(found, kind=kind, size=size, backend=backend)
-        assert (completion.text, completion.prompt_tokens, completion.output_tokens) == ("西湖在杭州。", 30, 9)
+        assert (completion.text, completion.prompt_tokens, completion.output_tokens) == (
+            "西湖在杭州。",
+            30,
+            9,
+        )
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/plain"])
@@ -136,7 +142,9 @@ def test_events_that_are_called_otherwise_are_read_all_the_same(kind: str) -> No
 
 
 def test_a_whole_chat_in_one_event_is_an_answer() -> None:
-    whole = {"choices": [{"message": {"role": "assistant", "content": "西湖在杭州。"}, "finish_reason": "stop"}]}
+    whole = {
+        "choices": [{"message": {"role": "assistant", "content": "西湖在杭州。"}, "finish_reason": "stop"}]
+    }
     assert read(sse(whole)).text == "西湖在杭州。"
 
 
@@ -172,7 +180,11 @@ def test_what_is_no_count_costs_nothing(usage: Any, counts: tuple[int | None, in
 @pytest.mark.parametrize(
     ("body", "error", "words"),
     [
-        (sse(*WORDS[:3], {"error": {"message": "out of memory"}}), Retryable, "the server says: out of memory"),
+        (
+            sse(*WORDS[:3], {"error": {"message": "out of memory"}}),
+            Retryable,
+            "the server says: out of memory",
+        ),
         (sse({"error": {"message": "maximum context length is 9", "code": 400}}), Refused, "maximum context"),
         (sse(*WORDS[:3], done=False), Retryable, "broke off"),
         (sse(done=True), Retryable, "no message"),
@@ -180,7 +192,15 @@ def test_what_is_no_count_costs_nothing(usage: Any, counts: tuple[int | None, in
         (sse("data: [1]", done=False), Retryable, "no JSON object but list"),
         (b"", Retryable, "no message"),
     ],
-    ids=["an error in the middle", "an error at first", "broken off", "empty", "no JSON", "a list", "nothing"],
+    ids=[
+        "an error in the middle",
+        "an error at first",
+        "broken off",
+        "empty",
+        "no JSON",
+        "a list",
+        "nothing",
+    ],
 )
 def test_a_stream_that_fails_says_how(body: bytes, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
@@ -228,7 +248,9 @@ class Speaker:
             writer.close()
 
     async def _speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
         for piece in self.pieces:
             if reader.at_eof():
                 self.left_after.append(self.written)
@@ -267,7 +289,9 @@ def test_a_connection_carries_one_stream_after_the_other() -> None:
 def test_a_server_that_does_not_end_its_reply_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "LATE_END_S", 0.05)
     started = time.monotonic()
-    assert [one.text for one in talk(Speaker([line("好。"), line("", **LAST)], ends=False), 2)] == ["好。"] * 2
+    assert [one.text for one in talk(Speaker([line("好。"), line("", **LAST)], ends=False), 2)] == [
+        "好。"
+    ] * 2
     assert time.monotonic() - started < 5
 
 
@@ -410,7 +434,9 @@ def test_how_many_a_server_writes_at_once_is_found_out_and_said(tmp_path: Path) 
         write_prompts(tmp_path, 10)
         ran = ask(tmp_path, server, concurrency=4)
     (said,) = ran.warnings
-    assert "writes 1 answer at a time, and 4 are asked for at once: start it with OLLAMA_NUM_PARALLEL=4" in said
+    assert (
+        "writes 1 answer at a time, and 4 are asked for at once: start it with OLLAMA_NUM_PARALLEL=4" in said
+    )
     assert "--concurrency 1" in said
 
 
@@ -436,7 +462,9 @@ def test_the_limit_of_a_type_is_learned_from_what_was_kept(
     assert limits[:5] == [500] * 5
     assert limits[5] == 30
     again = [place for place, question in enumerate(server.questions) if "第9园" in question.text]
-    assert [limits[place] for place in again] == [30, 500], "cut by the learned limit, then asked with the whole"
+    assert [limits[place] for place in again] == [30, 500], (
+        "cut by the learned limit, then asked with the whole"
+    )
     rows = {row["meta"]["spot"]: row for row in read_rows(tmp_path / "data" / "teacher.jsonl")}
     assert rows["第9园"]["messages"][-1]["content"] == long
     assert not rows["第9园"]["meta"]["teacher"]["repaired"]
@@ -448,7 +476,9 @@ def test_a_limit_that_cuts_every_row_stops_the_run_with_the_setting(
 ) -> None:
     server.answer = lambda question: LONG
     write_prompts(tmp_path, 40, types=["note"])
-    with pytest.raises(UserError, match=r"the first 5 rows failed for one setting: the answer was cut at 60") as caught:
+    with pytest.raises(
+        UserError, match=r"the first 5 rows failed for one setting: the answer was cut at 60"
+    ) as caught:
         ask(tmp_path, server, max_tokens=60, concurrency=2)
     assert caught.value.hint == "allow more with --max-tokens 120"
     assert len(server.questions) <= 14
@@ -463,7 +493,9 @@ def test_a_context_that_holds_no_row_of_a_type_stops_the_run_too(
         if row["meta"]["type"] == "card":
             row["messages"][0]["content"] += "园" * 1500
     write_lines(tmp_path / "data" / "prompts.jsonl", *rows)
-    with pytest.raises(UserError, match=r"the first 5 rows of the type card failed for one setting") as caught:
+    with pytest.raises(
+        UserError, match=r"the first 5 rows of the type card failed for one setting"
+    ) as caught:
         ask(tmp_path, server, num_ctx=768, concurrency=2)
     assert "--num-ctx" in (caught.value.hint or "")
     assert {row["meta"]["type"] for row in read_rows(tmp_path / "data" / "teacher.jsonl")} == {"note"}
@@ -474,7 +506,9 @@ def test_a_context_is_rounded_up_before_it_is_held_against_an_answer(
     tmp_path: Path, server: OllamaServer
 ) -> None:
     write_prompts(tmp_path, 1, types=["note"])
-    server.fault = lambda question: Fault(change=lambda reply: {**reply, "prompt_eval_count": 400, "eval_count": 300})
+    server.fault = lambda question: Fault(
+        change=lambda reply: {**reply, "prompt_eval_count": 400, "eval_count": 300}
+    )
     ask(tmp_path, server, num_ctx=640)
     assert meta(tmp_path)[0]["output_tokens"] == 300
 
@@ -483,7 +517,9 @@ def test_contracts_of_a_card_go_to_the_server_with_their_bounds(tmp_path: Path, 
     from mtgdm.contracts import schema_of
 
     write_prompts(tmp_path, 3, types=["card"])
-    said = {"error": json.dumps({"error": {"message": "Failed to initialize samplers: failed to parse grammar"}})}
+    said = {
+        "error": json.dumps({"error": {"message": "Failed to initialize samplers: failed to parse grammar"}})
+    }
 
     def fault(question: Question) -> Fault | None:
         return Fault(400, said) if "maxLength" in json.dumps(question.body.get("format")) else None

@@ -49,13 +49,17 @@ RIGHT = {
     "compact JSON with equal keys": json.dumps([a_card(n) for n in range(80)], ensure_ascii=False),
     "indented JSON with equal keys": json.dumps([a_card(n) for n in range(80)], ensure_ascii=False, indent=2),
     "ten unknowns": json.dumps({"steps": ["未知"] * 12, "lat": [0.0] * 20}, ensure_ascii=False),
-    "a poem with a refrain": "".join(STANZA.format("春夏秋冬风花雪月云雨"[n], "日月星辰霜露烟霞鸟叶"[n]) for n in range(10)),
-    "a song that repeats a line four times": ("啦啦啦啦，我们走在大路上！\n" * 4 + "向前，向前，向前！\n") * 3,
+    "a poem with a refrain": "".join(
+        STANZA.format("春夏秋冬风花雪月云雨"[n], "日月星辰霜露烟霞鸟叶"[n]) for n in range(10)
+    ),
+    "a song that repeats a line four times": ("啦啦啦啦，我们走在大路上！\n" * 4 + "向前，向前，向前！\n")
+    * 3,
     "laughter": "他笑道：哈哈哈哈哈哈哈哈哈哈哈哈！" * 2,
     "leaders of a table of contents": "".join(f"第{n}章{'.' * 60}{n}\n" for n in range(40)),
     "indentation": "\n".join(" " * 60 + f"x{n}" for n in range(60)),
     "prose": "".join(
-        f"第{n}个年头，{'春夏秋冬'[n % 4]}天的湖边来了{n * 3 + 1}位客人，他们沿着{'东南西北'[n // 4 % 4]}岸走了一圈。" for n in range(120)
+        f"第{n}个年头，{'春夏秋冬'[n % 4]}天的湖边来了{n * 3 + 1}位客人，他们沿着{'东南西北'[n // 4 % 4]}岸走了一圈。"
+        for n in range(120)
     ),
 }
 
@@ -110,7 +114,10 @@ def test_a_loop_is_stopped_soon(unit: str, characters: int) -> None:
 
 
 def test_sentences_that_take_turns_are_a_loop() -> None:
-    text = "".join("春天看花。夏天看荷。秋天看叶。冬天看雪。"[5 * (n * n % 7 % 4) :][:5] + "湖边最好。" for n in range(400))
+    text = "".join(
+        "春天看花。夏天看荷。秋天看叶。冬天看雪。"[5 * (n * n % 7 % 4) :][:5] + "湖边最好。"
+        for n in range(400)
+    )
     watch, seen = watched(text)
     assert watch.reason is Finish.REPETITION
     assert seen < 2500
@@ -131,8 +138,12 @@ def test_the_end_of_equal_tokens_is_told() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        json.dumps({"a": ["}]", '"\\{', {"b": None}], "c": ", ".join(map(str, range(300)))}, ensure_ascii=False),
-        '以下是JSON：\n```json\n{"a": "' + "".join(f"第{n}句。" for n in range(300)) + '"}\n```\n希望有帮助。',
+        json.dumps(
+            {"a": ["}]", '"\\{', {"b": None}], "c": ", ".join(map(str, range(300)))}, ensure_ascii=False
+        ),
+        '以下是JSON：\n```json\n{"a": "'
+        + "".join(f"第{n}句。" for n in range(300))
+        + '"}\n```\n希望有帮助。',
         "<think>" + "".join(f"I think of number {n}. " for n in range(200)) + '</think>{"a": 1}',
         "analysisWe need JSON. " + "".join(f"Step {n}. " for n in range(300)) + 'assistantfinal{"a": 1}',
         '{"a": "\\\\"}',
@@ -165,7 +176,9 @@ def test_json_beyond_repair_is_stopped(text: str, words: str) -> None:
 
 
 def test_another_language_is_stopped_and_foreign_names_are_not() -> None:
-    english = "".join(f"The lake number {n} lies west of the town, and people walk there. " for n in range(200))
+    english = "".join(
+        f"The lake number {n} lies west of the town, and people walk there. " for n in range(200)
+    )
     watch, seen = watched(english, script="Han")
     assert "the answer is not in Chinese" in (watch.problem or "")
     assert seen < 2000
@@ -200,8 +213,8 @@ def test_thoughts_that_go_round_are_stopped() -> None:
     ("words", "kind"),
     [
         (
-            "stop STOP Stop eos eos_token EOS_TOKEN <eos> end_turn stop_sequence stop_sequence_matched completed COMPLETE "
-            "StopSequence FINISH_REASON_STOP",
+            "stop STOP Stop eos eos_token EOS_TOKEN <eos> end_turn stop_sequence stop_sequence_matched completed "
+            "COMPLETE StopSequence FINISH_REASON_STOP",
             Finish.STOP,
         ),
         (

@@ -22,9 +22,9 @@ JsonObject = dict[str, Any]
 
 _REFUSALS = frozenset({400, 404, 415, 422, 500, 501})
 _UNSUPPORTED = re.compile(
-    r"unsupported|not (?:be )?(?:supported|permitted|allowed|available|accepted|implemented|recognized|recognised|enabled)"
+    r"unsupported|not (?:be )?(?:supported|permitted|allowed|available|accepted|implemented|recogni[sz]ed|enabled)"
     r"|(?:does|do|is|are|can)(?:n't| ?not) (?:\w+ ){0,2}(?:support|allow|accept|take|use)|only support|extra_forbidden"
-    r"|extra inputs|unknown|unrecognized|unrecognised|unexpected|unavailable|cannot find|cannot both|not both|deprecated"
+    r"|extra inputs|unknown|unrecogni[sz]ed|unexpected|unavailable|cannot find|cannot both|not both|deprecated"
     r"|invalid (?:field|parameter|argument|json payload)|additional propert|no longer|only the default",
     re.IGNORECASE,
 )
@@ -39,7 +39,8 @@ _SYSTEM = re.compile(
     re.IGNORECASE,
 )
 _TOO_MUCH_SCHEMA = re.compile(
-    r"grammar|max_?length|max_?items|minItems|compil|too (?:large|complex|deep|many)|repetition|keyword|constraint", re.IGNORECASE
+    r"grammar|max_?length|max_?items|minItems|compil|too (?:large|complex|deep|many)|repetition|keyword|constraint",
+    re.IGNORECASE,
 )
 """What of a schema is too much for servers that take schemas."""
 _STREAM = re.compile(r"\bstream|streaming", re.IGNORECASE)
@@ -125,23 +126,18 @@ class Adjustments:
         """Send no schema any more."""
         self._make(self._schema_key, "without a schema for JSON answers", why)
 
-    def _learn_stream(
-        self, request: JsonObject, words: str, named: set[str], *, unsupported: bool
-    ) -> bool:
+    def _learn_stream(self, request: JsonObject, words: str, named: set[str], *, unsupported: bool) -> bool:
         if "stream_options" in request and ("stream_options" in named or "stream_options" in words):
             return self._make("stream_options", "without stream_options", words)
         told = _STREAM.search(words) and (unsupported or _ONLY.search(words))
         if not told and "stream" not in named:
             return False
         if "stream" in self._made:
-            if request["stream"] is (self._made["stream"] == "as streams"):
-                return False  # it takes neither
-            return True  # another question found it out meanwhile
+            # Another question found it out meanwhile; or the server takes neither.
+            return bool(request["stream"] is not (self._made["stream"] == "as streams"))
         return self._make("stream", "without streaming" if request["stream"] else "as streams", words)
 
-    def _learn_field(
-        self, request: JsonObject, words: str, named: set[str], *, unsupported: bool
-    ) -> bool:
+    def _learn_field(self, request: JsonObject, words: str, named: set[str], *, unsupported: bool) -> bool:
         refused = [
             key
             for key in _LEFT_OUT
@@ -180,7 +176,9 @@ class Adjustments:
         return True
 
     def _learn_system(self, request: JsonObject, words: str) -> bool:
-        if not any(message["role"] == "system" for message in request["messages"]) or not _SYSTEM.search(words):
+        if not any(message["role"] == "system" for message in request["messages"]) or not _SYSTEM.search(
+            words
+        ):
             return False
         return self._make("system", "with the system text in the first user turn", words)
 

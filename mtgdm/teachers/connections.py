@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from mtgdm.errors import SettingError
+from mtgdm.manifest import without_password
 from mtgdm.teachers.http import BodyReader, Connection, NotHttp, Reply, most_bytes, whole_reply
 from mtgdm.teachers.seam import Retryable
 
@@ -60,6 +61,15 @@ def proxy_to(url: httpx.URL) -> str | None:
     return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
+def _said_of_proxy(url: httpx.URL) -> str:
+    """The variable of the environment that names the proxy of a server, and its value without a password."""
+    names = (f"{kind}_proxy" for kind in (url.scheme, "all"))
+    for name in (spelled for one in names for spelled in (one, one.upper())):
+        if value := os.environ.get(name):
+            return f"{name}={without_password(value)}"
+    return "the system's settings"
+
+
 def tls_context() -> ssl.SSLContext:
     """What certificates are checked with; SettingError where the environment names some that cannot be read."""
     for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
@@ -93,7 +103,7 @@ def _under(url: httpx.URL, path: str) -> httpx.URL:
 
 
 class Direct(Connections):
-    """Sockets of asyncio and our own HTTP/1.1: one connection for each request in flight, the one used last taken first.
+    """Sockets of asyncio and our own HTTP/1.1: a connection for each request in flight, the one used last first.
 
     httpx, httpcore and h11 cost several times the CPU: objects for every header, URL and piece of a body, which
     a streamed answer has one of for each token, and a shared pool that is looked through at every request.
@@ -178,13 +188,14 @@ class ThroughHttpx(Connections):
                 headers=headers,
                 proxy=proxy,
                 transport=transport,
+                verify=tls_context() if url.scheme == "https" and transport is None else True,
                 timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
                 limits=httpx.Limits(max_connections=None),
             )
         except (ValueError, ImportError, httpx.InvalidURL) as error:
             raise SettingError(
-                f"the proxy for {url.host} cannot be used: {error}",
-                hint=f"it comes from the environment (HTTP_PROXY and the like); NO_PROXY={url.host} goes without",
+                f"the proxy for {url.host} cannot be used, which {_said_of_proxy(url)} names: {error}",
+                hint=f"name one as http://HOST:PORT; NO_PROXY={url.host} goes without",
             ) from error
 
     async def send(

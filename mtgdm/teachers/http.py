@@ -275,7 +275,9 @@ class Connection(asyncio.Protocol):
                 return
             self._head, self._framing = head, head.framing
             reader = self._reader
-            self._reading = reader if reader is not None and reader.begins(head.status, head.headers) else None
+            self._reading = (
+                reader if reader is not None and reader.begins(head.status, head.headers) else None
+            )
             self._limit = most_bytes(head.status, reader)
         body, rest = self._framing.take(data)
         if self._reading is not None:

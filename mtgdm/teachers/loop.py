@@ -166,7 +166,7 @@ class Loop:
         return self._tokens + sum(watch.pieces for watch in tuple(self._watches))
 
     def notes(self) -> list[str]:
-        """How it goes just now, for the progress, which may ask from another thread: the speed, and what is in flight."""
+        """How it goes just now, for the progress (of another thread): the speed, and what is in flight."""
         speed = []
         if self._first_token_at is not None and (tokens := self.tokens):
             elapsed_s = max(time.monotonic() - self._first_token_at, 1e-3)
@@ -289,7 +289,9 @@ class Loop:
                 return f"the answer ended with '{completion.finish_reason}'"
             case Finish.UNKNOWN:
                 # Whether it is whole is judged by the answer; a word of a server alone costs no row.
-                self._tell_once(f"the teacher ends answers with '{completion.finish_reason}', which is taken as 'stop'")
+                self._tell_once(
+                    f"the teacher ends answers with '{completion.finish_reason}', which is taken as 'stop'"
+                )
         judgement = self._judge.judge(asking.row, asking.text)
         asking.facts = judgement.facts
         return judgement.problem
@@ -492,8 +494,8 @@ class Loop:
         how = backend.parallel_hint.format(slots=concurrency)
         more = f"{how} (each takes the memory of one more context), or " if how else ""
         self._tell_once(
-            f"{backend.place} writes {found} answer{'' if found == 1 else 's'} at a time, and {concurrency} are asked for "
-            f"at once: {more}--concurrency {found} waits for no more than it writes"
+            f"{backend.place} writes {found} answer{'' if found == 1 else 's'} at a time, and {concurrency} are asked "
+            f"for at once: {more}--concurrency {found} waits for no more than it writes"
         )
 
     def _others(self, endpoint: Endpoint) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mtgdm.teachers.connections import Reply
     from mtgdm.teachers.seam import TeacherSettings, Watch
 
+
 class OpenAI(ServerBackend):
     """Asks `POST /v1/chat/completions`, holding JSON answers to their schema where the server can."""
 
@@ -121,7 +122,11 @@ class OpenAI(ServerBackend):
             raise Refused(f"the model refuses: {reader.refusal}")
         usage = reader.usage
         return Completion(
-            text, reader.reason or "stop", count(usage, "prompt_tokens"), count(usage, "completion_tokens"), 0.0
+            text,
+            reader.reason or "stop",
+            count(usage, "prompt_tokens"),
+            count(usage, "completion_tokens"),
+            0.0,
         )
 
 

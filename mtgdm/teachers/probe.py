@@ -137,7 +137,7 @@ def probed(
     }
     if probe.unfinished:
         found["probe"]["unfinished"] = probe.unfinished
-        context.warn(
+        context.terminal.warn(
             f"{probe.unfinished:,} of {len(asked) + probe.unfinished:,} answers were not whole after "
             f"{LONGEST_PROBE_S:g} s, with {probe.tokens:,} tokens written: the probe goes without them"
         )

@@ -87,7 +87,7 @@ def _json_object(given: Any) -> Any:
     except ValueError as error:
         raise ValueError(f"this is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError("this is no JSON object")  # noqa: TRY004 - pydantic reports ValueError alone
+        raise ValueError("this is no JSON object")
     return value
 
 

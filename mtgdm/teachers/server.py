@@ -121,7 +121,9 @@ class ServerBackend(Backend):
         adjustments = self._adjustments
         unconstrained = ""
         while True:
-            request = adjustments.apply(merged(self._request(messages, contract, options), self.settings.extra_body))
+            request = adjustments.apply(
+                merged(self._request(messages, contract, options), self.settings.extra_body)
+            )
             if unconstrained:
                 request.pop(self.schema_key, None)
             reader = self._reader(options)
@@ -130,9 +132,7 @@ class ServerBackend(Backend):
                 break
             if adjustments.learn(request, reply):
                 continue
-            if not unconstrained and adjustments.suspects_schema(
-                request, reply.status, options.row.id
-            ):
+            if not unconstrained and adjustments.suspects_schema(request, reply.status, options.row.id):
                 unconstrained = f"HTTP {reply.status}: {said(reply)}"
                 continue
             self._raise_for(reply)
@@ -321,7 +321,9 @@ def merged(request: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """A request with more keys, objects inside it merged; what is given by hand goes before what is ours."""
     for key, value in more.items():
         ours = request.get(key)
-        request[key] = merged(dict(ours), value) if isinstance(ours, dict) and isinstance(value, dict) else value
+        request[key] = (
+            merged(dict(ours), value) if isinstance(ours, dict) and isinstance(value, dict) else value
+        )
     return request
 
 

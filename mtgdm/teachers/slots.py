@@ -17,6 +17,9 @@ BUSY = 0.5
 """Share of the time in which answers were written that shows a server at work: one that computes an answer first
 and sends it in one piece is not seen at work at all."""
 
+JUST_BEGUN = 0.05
+"""Share of the time in which an answer was written."""
+
 
 class Slots:
     """What is known of one server."""
@@ -48,7 +51,9 @@ class Slots:
         self._since = self._since or watch.first_at
         self._answers += 1
         self._written_s += now - watch.first_at
-        written = 1 + sum(other.first_at is not None for other in self._in_flight)
+        # What began a moment ago may have waited for this one to end.
+        before = now - JUST_BEGUN * (now - watch.first_at)
+        written = 1 + sum(other.first_at is not None and other.first_at < before for other in self._in_flight)
         self._most = max(self._most, written)
         self._waited += written < min(1 + len(self._in_flight), self._asked_for)
 

@@ -71,7 +71,9 @@ class AnswerReader(ABC):
         kind = headers.get("content-type", "")
         self._status, self._headers = status, headers
         self._is_sse = "event-stream" in kind
-        return status == 200 and (self._is_sse or any(word in kind for word in ("ndjson", "jsonl", "json-seq")))
+        return status == 200 and (
+            self._is_sse or any(word in kind for word in ("ndjson", "jsonl", "json-seq"))
+        )
 
     def feed(self, data: bytes) -> bool:
         """More of a stream; True where nothing more is wanted."""
@@ -128,7 +130,8 @@ class AnswerReader(ABC):
             raise Retryable(f"the reply is no JSON object but {type(value).__name__}")
         if error := value.get("error"):
             self.failed = replace(
-                Reply(self._status, self._headers, json.dumps(value).encode("utf-8")), status=_status_of(error)
+                Reply(self._status, self._headers, json.dumps(value).encode("utf-8")),
+                status=_status_of(error),
             )
             return
         self.take(value)

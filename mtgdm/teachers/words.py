@@ -28,13 +28,14 @@ _CONTEXT = re.compile(
     re.IGNORECASE,
 )
 _KEY = re.compile(
-    r"no connected db|invalid[_ ](?:api[_ ]?key|proxy)|incorrect api key|api[_ ]key (?:not valid|not found|is invalid|missing)"
+    r"no connected db|invalid[_ ](?:api[_ ]?key|proxy)|incorrect api key"
+    r"|api[_ ]key (?:not valid|not found|is invalid|missing)"
     r"|authentication (?:error|failed)|no api[_ -]?key|invalid (?:token|authentication)",
     re.IGNORECASE,
 )
 _MODEL = re.compile(
-    r"invalid model|model[_ ]not[_ ]found|not a valid model|unknown model|no such model|model .{0,120}(?:does not|doesn't) exist"
-    r"|model .{0,120}not found|no endpoints found for",
+    r"invalid model|model[_ ]not[_ ]found|not a valid model|unknown model|no such model"
+    r"|model .{0,120}(?:does not|doesn't) exist|model .{0,120}not found|no endpoints found for",
     re.IGNORECASE,
 )
 

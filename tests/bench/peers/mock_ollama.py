@@ -1,9 +1,11 @@
 """`python mock_ollama.py ROWS LATENCY_S [TOKENS] [LOOPS]`: an Ollama that answers after a fixed time and costs little.
 
 Where `stream` is true an answer comes in TOKENS (75) pieces, evenly over the latency. LOOPS is the share of answers
-that go round and round until their limit of tokens, at the same pace a token. ROWS holds one `{"answer": ..., "prompt_tokens": ...}` a line; a question that holds `[row N]` gets row N (modulo).
+that go round and round until their limit of tokens, at the same pace a token. ROWS holds one
+`{"answer": ..., "prompt_tokens": ...}` a line; a question that holds `[row N]` gets row N (modulo).
 The port goes to standard output. `GET /span` says how many answers were given since it was last asked, the
-seconds from the first question to the last answer, how many questions were open at once at most, and the tokens written.
+seconds from the first question to the last answer, how many questions were open at once at most, and the tokens
+written.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class Connection(asyncio.Protocol):
             number = int(body[place : body.index(b"]", place)])
             reply = self._replies[number % len(self._replies)]
             if b'"stream":true' in body.replace(b" ", b""):
-                lines = reply.lines
+                lines: Sequence[bytes] = reply.lines
                 if self._loops and random.Random(body).random() < self._loops:
                     place = body.rindex(b'"num_predict":') + 14
                     lines = looping(reply, int(body[place : body.index(b",", place)]))
@@ -104,7 +106,9 @@ class Connection(asyncio.Protocol):
             self._end()
             return
         due = started + self._latency_s * (number + 1) / (len(self._replies[0].lines) - 1)
-        asyncio.get_running_loop().call_later(due - time.monotonic(), self._stream, lines, number + 1, started)
+        asyncio.get_running_loop().call_later(
+            due - time.monotonic(), self._stream, lines, number + 1, started
+        )
 
     def _end(self) -> None:
         self._figures.open -= 1
@@ -132,7 +136,12 @@ STREAM_HEAD = (
 
 def line_of(content: str, **more: Any) -> bytes:
     message = {"role": "assistant", "content": content}
-    value = {"model": "teacher", "created_at": "2026-11-23T14:30:00.000000000Z", "message": message, "done": False}
+    value = {
+        "model": "teacher",
+        "created_at": "2026-11-23T14:30:00.000000000Z",
+        "message": message,
+        "done": False,
+    }
     body = json.dumps(value | more, ensure_ascii=False).encode("utf-8") + b"\n"
     return b"%x\r\n%b\r\n" % (len(body), body)
 
@@ -182,4 +191,10 @@ async def serve(rows: Path, latency_s: float, tokens: int = 75, loops: float = 0
 
 if __name__ == "__main__":
     _, rows_path, latency, *more = sys.argv
-    asyncio.run(serve(Path(rows_path), float(latency), *(kind(one) for kind, one in zip((int, float), more, strict=False))))
+    asyncio.run(
+        serve(
+            Path(rows_path),
+            float(latency),
+            *(kind(one) for kind, one in zip((int, float), more, strict=False)),
+        )
+    )
