@@ -88,10 +88,14 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Flag:
-    """More about a setting on the command line: other names for the flag, or none at all."""
+    """More about a setting on the command line: other names for the flag, or none at all.
+
+    `json`: a mapping, which a flag and an environment variable give as JSON; others only a profile can hold.
+    """
 
     also: tuple[str, ...] = ()
     hidden: bool = False
+    json: bool = False
 
 
 class StageConfig(BaseModel):

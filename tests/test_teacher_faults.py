@@ -203,7 +203,8 @@ def test_a_server_that_only_fails_is_said_with_its_reason_and_rejects_no_row(
     write_prompts(tmp_path, 20)
 
     with pytest.raises(UserError, match="rows failed in the same way and none was answered") as error:
-        ask(tmp_path, server, timeout_s=0.05 if fault.hang_s else 600.0)
+        limit_s = 0.05 if fault.hang_s else 600.0
+        ask(tmp_path, server, timeout_s=limit_s, first_token_timeout_s=limit_s)
 
     assert reason in error.value.message
     assert error.value.hint

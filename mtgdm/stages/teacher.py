@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -149,7 +148,8 @@ def run(config: TeacherConfig, context: Context) -> Result:
             ledger.verify(prompts)
         reasons = _ask(config, context, prompts, asked, judge, ledger)
         settled = ledger.settle(prompts, judge)
-    return _report(config, context, prompts, backend, ledger, settled, reasons)
+    adjusted = {one.place: one.adjustments for one in asked if one.adjustments}
+    return _report(config, context, prompts, backend, ledger, settled, reasons, adjusted)
 
 
 def _ask(
@@ -174,7 +174,7 @@ def _ask(
     from mtgdm.teachers.loop import Loop
     from mtgdm.teachers.samples import Samples, each_sampled
 
-    kept = rejected = tokens = again = 0
+    kept = rejected = again = 0
     backend, log = asked[0], context.log
     log.info(
         "%s %s, fingerprint %s, num_ctx %d: %d prompts, %d done",
@@ -191,9 +191,8 @@ def _ask(
     ):
 
         def record(one: Outcome) -> None:
-            nonlocal kept, rejected, tokens
+            nonlocal kept, rejected
             log.info("%s", _line(one))
-            tokens += (one.completion.output_tokens or 0) if one.completion else 0
             outcome = samples.settled(one)
             if outcome is None:
                 return
@@ -214,16 +213,8 @@ def _ask(
             bar.note(told())
 
         def told() -> str:
-            parts = [f"{kept:,} kept, {rejected:,} rejected"]
-            if tokens:
-                parts.append(f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
-            if loop.in_flight:
-                parts.append(f"{loop.in_flight} in flight")
-            if again:
-                parts.append(f"{again:,} asked again")
-            return " · ".join(parts)
+            return f"{kept:,} kept, {rejected:,} rejected" + (f" · {again:,} asked again" if again else "")
 
-        started = time.monotonic()
         loop = Loop(
             asked,
             backend.settings,
@@ -232,6 +223,7 @@ def _ask(
             say=say,
             warn=lambda text: context.warn(_printable(text)),
         )
+        bar.live = loop.notes
         rows = prompts.rows(~done)
         asyncio.run(loop.run(each_sampled(rows, config.samples) if config.samples > 1 else rows, record))
     return reasons
@@ -256,6 +248,7 @@ def _kept(outcome: Outcome, backend: Backend, judge: Judge) -> dict[str, Any]:
         "seconds": completion.seconds,
         "attempts": outcome.attempts,
         "repaired": outcome.repaired,
+        **({"adjusted": completion.adjusted} if completion.adjusted else {}),
         "facts": facts_json(outcome.facts),
     }
     return {
@@ -311,6 +304,7 @@ def _report(
     ledger: Ledger,
     settled: Settled,
     reasons: Counter[str],
+    adjusted: dict[str, list[str]],
 ) -> Result:
     answered = prompts.among(ledger.kept_ids)
     kept = int(answered.sum())
@@ -344,6 +338,7 @@ def _report(
             "rejected": rejected,
             "duplicates": prompts.duplicates,
             "stale": settled.moved,
+            **({"adjusted": adjusted} if adjusted else {}),
         },
         summary=summary,
     )
