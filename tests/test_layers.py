@@ -18,6 +18,7 @@ LAYERS = [
         "processes",
         "file_formats",
         "row_messages",
+        "foreign_rows",
         "rows",
         "row_ids",
         "manifest",
