@@ -10,6 +10,7 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -176,12 +177,21 @@ def _text_records(path: Path, *, packed: bool) -> Iterator[tuple[int, Any]]:
             for number, line in enumerate(text, start=1):
                 if not line.strip():
                     continue
+                if number == 1 and _is_header(line):
+                    yield from enumerate(csv.DictReader(itertools.chain((line,), text)), start=2)
+                    return
                 if line.lstrip()[0] == "[" or not _is_whole(line):
                     yield from _joined(path, number, line + text.read())
                     return
                 yield number, json.loads(line)
     except (UnicodeError, EOFError, gzip.BadGzipFile) as error:
         raise BadRow(path, number + 1, f"cannot be read: {error}") from error
+
+
+def _is_header(line: str) -> bool:
+    """Whether a first line is that of a CSV file, whatever the file is called."""
+    names = {name.strip(' "\r\n') for name in line.split(",")}
+    return line[0] not in "{[" and len(names & _KNOWN) > 1
 
 
 def _is_whole(line: str) -> bool:

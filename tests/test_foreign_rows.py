@@ -88,6 +88,8 @@ FILES: dict[str, bytes] = {
     "packed-array.json.gz": gzip.compress(json.dumps(ALPACA, indent=1).encode("utf-16")),
     "table.csv": b"instruction,input,output\n"
     + "".join(f'{one["instruction"]},,"{one["output"]}"\n' for one in ALPACA).encode(),
+    "table.jsonl": b"instruction,output\r\n"
+    + "".join(f'"{one["instruction"]}","{one["output"]}"\r\n' for one in ALPACA).encode(),
 }
 
 
