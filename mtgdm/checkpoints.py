@@ -70,9 +70,26 @@ def checkpoint_name(base_model: str) -> str:
     return f"{name}-lora"
 
 
-def template_fingerprint(template: str) -> str:
-    """A short hash of a chat template: a student has to be asked by the one it was trained with."""
-    return hashlib.sha256(template.encode("utf-8")).hexdigest()[:16]
+def main_template(template: Any) -> str | None:
+    """The chat template that chats are rendered with, of one or of several named ones; None where there is none.
+
+    transformers gives named ones as a mapping, tokenizer_config.json holds them as a list. Line ends are
+    brought to `\\n`, which is what Jinja reads them as: on Windows and through git they come as `\\r\\n`.
+    """
+    if isinstance(template, list):
+        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), None)
+    if not isinstance(template, str):
+        return None
+    return template.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def template_fingerprint(template: Any) -> str:
+    """A short hash of a chat template in any of its forms: a student has to be asked by the one it was trained with."""
+    # Jinja drops one line end at the end of a file, and editors add one.
+    text = (main_template(template) or "").removesuffix("\n")
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
 def model_state(source: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from mtgdm.export.lora_gguf import convert_adapter
 from mtgdm.export.merge import merge
 from mtgdm.rows import Row
 from mtgdm.student import generation
+from mtgdm.student.chat import Chat
 from mtgdm.student.noise import quiet
 from tests.families import FAMILIES, TEXT, make_checkpoint, make_family
 
@@ -63,7 +64,7 @@ def made(base: Path, folder: Path, **lora: Any) -> Student:
     checkpoint = make_checkpoint(folder / "checkpoint", base, **lora)
     with quiet():
         tokenizer = load_tokenizer(str(checkpoint), "checkpoint")
-        merge(checkpoint, str(base), "base", tokenizer, "float32", folder / "merged")
+        merge(checkpoint, str(base), "base", Chat(tokenizer, "base"), "float32", folder / "merged")
     return Student(base, checkpoint, folder / "merged", str(tokenizer.chat_template))
 
 

@@ -13,6 +13,7 @@ from mtgdm.export import lora
 from mtgdm.export import merge as merging
 from mtgdm.export.merge import Merged, merge, merged_bytes
 from mtgdm.export.weights import Weights
+from mtgdm.student.chat import Chat
 from mtgdm.student.noise import quiet
 from tests.families import make_checkpoint, make_family
 
@@ -46,9 +47,9 @@ def merged_into(out: Path, base: Path, checkpoint: Path, **options: Any) -> Merg
     from mtgdm.student.base import load_tokenizer
 
     with quiet():
-        tokenizer = load_tokenizer(str(checkpoint), "checkpoint")
+        chat = Chat(load_tokenizer(str(checkpoint), "checkpoint"), "checkpoint")
         given = {"dtype": "float32", **options}
-        return merge(checkpoint, str(base), base.name, tokenizer, out=out, **given)
+        return merge(checkpoint, str(base), base.name, chat, out=out, **given)
 
 
 def logits(base: Path, adapter: Path | None = None) -> Any:

@@ -20,6 +20,7 @@ from mtgdm.export.merge import merge
 from mtgdm.export.parity import Proof
 from mtgdm.export.weights import Weights
 from mtgdm.rows import Row
+from mtgdm.student.chat import Chat
 from mtgdm.student.noise import quiet
 from tests.families import make_checkpoint, make_family
 
@@ -63,7 +64,7 @@ def proved(
     asked = make_checkpoint(folder / "asked", base, seed=seed)
     with quiet():
         tokenizer: Any = load_tokenizer(str(checkpoint), "checkpoint")
-        merge(checkpoint, str(base), "base", tokenizer, "float32", folder / "merged")
+        merge(checkpoint, str(base), "base", Chat(tokenizer, "base"), "float32", folder / "merged")
         file = convert(
             folder / "merged", folder / "x.gguf", quant, name="guide", template=tokenizer.chat_template
         ).path

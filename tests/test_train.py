@@ -26,7 +26,7 @@ from mtgdm.student.resume import MARK, whole_checkpoints
 from mtgdm.testing import StageRun
 from mtgdm.testing import run as run_stage
 from tests.conftest import clean_environment, read_rows, write_lines
-from tests.tiny_student import make_base, teacher_file, teacher_row
+from tests.tiny_student import THINKING, make_base, teacher_file, teacher_row
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -911,3 +911,82 @@ def test_a_base_that_cannot_be_packaged_as_gguf_is_told_before_the_training(work
     (warning,) = trained(workspace, max_steps=1).warnings
     assert "base can be trained, but not packaged as GGUF: its layers attend to a sliding window" in warning
     assert trained(workspace, max_steps=1, ckpt_out=workspace / "unasked", package_check=False).warnings == []
+
+
+# --- thoughts, turns and weights -----------------------------------------------------------------
+
+
+def thinking(name: str, split: str, answer: str, **message: Any) -> dict[str, Any]:
+    row = teacher_row(name, split, answer)
+    row["messages"][-1] |= message
+    return row
+
+
+def record(workspace: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((checkpoint(workspace) / "training.json").read_text(encoding="utf-8"))
+    return value
+
+
+def test_thoughts_are_trained_where_every_row_has_them_and_the_checkpoint_says_so(workspace: Path) -> None:
+    write_lines(
+        workspace / "data" / "teacher.jsonl",
+        thinking("甲", "train", "<think>\n先看资料。\n</think>\n\n甲在杭州市。"),
+        thinking("乙", "train", "乙在杭州市。", reasoning_content="先看资料。"),
+        thinking("丙", "val", "丙在杭州市。", reasoning_content="先看资料。"),
+    )
+    printed = "\n".join(trained(workspace, preview=True).printed)
+    assert printed.count("先") == 2, "once in each row that is shown"
+    trained(workspace, max_steps=1, eval_steps=1)
+    assert record(workspace)["thoughts"] is True
+
+
+def test_rows_of_both_kinds_stop_the_run_and_the_hint_says_what_can_be_done(workspace: Path) -> None:
+    write_lines(
+        workspace / "data" / "teacher.jsonl",
+        teacher_row("甲", "train"),
+        thinking("乙", "train", "乙在杭州市。", reasoning_content="先看资料。"),
+    )
+    with pytest.raises(MtgdmError, match="comes with thoughts, as 1 of 2 do") as caught:
+        trained(workspace, preview=True)
+    assert str(caught.value.where).endswith("teacher.jsonl:2")
+    assert "--thoughts drop" in (caught.value.hint or "")
+    dropped = "\n".join(trained(workspace, preview=True, thoughts="drop").printed)
+    assert "资料。" not in dropped.split("写一句介绍")[-1]
+    trained(workspace, preview=True, thoughts="keep")
+
+
+def test_an_answer_of_weight_0_is_read_and_not_trained(workspace: Path) -> None:
+    row = teacher_row("甲", "train", "好的回答。")
+    bad = {"role": "assistant", "content": "坏的回答。", "weight": 0}
+    row["messages"][2:2] = [bad, {"role": "user", "content": "再说"}]
+    write_lines(workspace / "data" / "teacher.jsonl", row)
+    lines = trained(workspace, preview=True).printed
+    trained_lines = "".join(line for line in lines if line.startswith("  +")).replace("|", "")
+    assert "好的回答" in trained_lines
+    assert "坏的" not in trained_lines
+    assert "坏的" in "".join(lines).replace("|", "")
+
+
+def test_the_checkpoint_carries_the_template_it_was_trained_by(workspace: Path) -> None:
+    from mtgdm.student.generation import load_chat
+
+    template = workspace / "base" / "chat_template.jinja"
+    template.write_text(THINKING, encoding="utf-8")
+    ran = trained(workspace, max_steps=1, eval_steps=1)
+    assert any("thinking is off" in line for line in ran.printed)
+    saved = (checkpoint(workspace) / "chat_template.jinja").read_text(encoding="utf-8")
+    assert saved != THINKING
+    with quiet():
+        chat = load_chat(str(checkpoint(workspace)), "checkpoint", workspace)
+    assert chat.template == saved
+    assert record(workspace)["answer_start"] == chat.answer_start
+    assert chat.answer_start.endswith("<think>\n\n</think>\n\n")
+
+
+def test_a_row_of_several_turns_may_make_several_examples_and_that_is_told(workspace: Path) -> None:
+    (workspace / "base" / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    row = teacher_row("甲", "train")
+    row["messages"] += [{"role": "user", "content": "在哪？"}, {"role": "assistant", "content": "在杭州市。"}]
+    write_lines(workspace / "data" / "teacher.jsonl", row)
+    ran = trained(workspace, preview=True)
+    assert any("1 rows of train make 2" in line for line in ran.printed)

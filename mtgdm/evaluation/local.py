@@ -126,7 +126,8 @@ class Local(Student):
         with _base_errors(self.name) if self.weights.borrows_tokenizer else _other_flags():
             self._chat = generation.load_chat(self.weights.source, name, workspace)
         if self.weights.training is not None:
-            self.weights.training.check_template(self._chat.fingerprint)
+            self.weights.training.check_chat(self._chat)
+            self.may_think = self.weights.training.thoughts
         self._prompts = {row.id: prompt_ids(self._chat, row) for row in rows}
         self.max_new_tokens = max_new_tokens or answer_limit(self._chat, references)
         self._model: Any = None

@@ -25,12 +25,12 @@ PROOF_ROWS = 6
 """About so many rows a GGUF is compared on, as many of each prompt type."""
 
 _ADAPTER_CONFIG, _TRAINING = "adapter_config.json", "training.json"
+_TEMPLATE = "chat_template.jinja"
 _ADAPTER_FILES = (
     "adapter_model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
 )
 
 
@@ -107,7 +107,7 @@ def _weights(
             student.checkpoint,
             student.source,
             student.base_model,
-            student.chat.tokenizer,
+            student.chat,
             order.dtype,
             folder_,
             advance=bar.advance,
@@ -220,6 +220,8 @@ def _copy_adapter(student: Trained, folder_: Path) -> None:
     if student.revision is not None and adapter.get("revision") is None:
         adapter["revision"] = student.revision  # of the base: another one would be another model
     adapter["base_model_name_or_path"] = student.base_name
+    # An earlier mtgdm left the base's own in the checkpoint, which may think where the student was trained not to.
+    _write(folder_ / _TEMPLATE, student.chat.template)
     if (student.checkpoint / _TRAINING).is_file():
         _write(folder_ / _TRAINING, json.dumps(student.training_to_tell, ensure_ascii=False, indent=2) + "\n")
     _write(folder_ / _ADAPTER_CONFIG, json.dumps(adapter, ensure_ascii=False, indent=2) + "\n")

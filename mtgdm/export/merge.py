@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from mtgdm.errors import UserError
 from mtgdm.export import disk, lora
@@ -64,7 +64,7 @@ def merge(
     checkpoint: Path,
     base: str,
     name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     dtype: Dtype,
     out: Path,
     *,
@@ -91,9 +91,9 @@ def merge(
     out.mkdir(parents=True, exist_ok=True)
     write_shards(merger.plan, merger.cast, out, advance=advance, shard_bytes=shard_bytes)
     _write_config(merger.config, out)
-    _write_generation(merger.weights.folder, out, Chat(tokenizer, name).end_of_turn)
+    _write_generation(merger.weights.folder, out, chat.end_of_turn)
     with disk.full_as_os_error(out / "tokenizer.json"):
-        tokenizer.save_pretrained(out, save_jinja_files=False)
+        chat.tokenizer.save_pretrained(out, save_jinja_files=False)
     return Merged(str(merger.dtype).removeprefix("torch."), parameters, difference, agreement, unproved)
 
 
@@ -234,13 +234,18 @@ def _older_rope(rope: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _write_generation(base: Path, out: Path, end_of_turn: int) -> None:
-    """generation_config.json of the base, which ends an answer where the student learned to end it too."""
+    """generation_config.json by which engines decode as `mtgdm eval` does: greedily, up to the trained end of turn.
+
+    A base's own has penalties and sampling, which transformers and vLLM apply unasked. vLLM samples at a temperature
+    of 1 where none is named.
+    """
     path = base / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    declared = config.get("eos_token_id")
+    of_base = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    declared = of_base.get("eos_token_id")
     ends = [declared] if isinstance(declared, int) else list(declared or [])
+    config = {key: of_base[key] for key in ("bos_token_id", "pad_token_id") if of_base.get(key) is not None}
     config["eos_token_id"] = [*ends, *([] if end_of_turn in ends else [end_of_turn])]
-    _write_json(out / "generation_config.json", config)
+    _write_json(out / "generation_config.json", config | {"do_sample": False, "temperature": 0.0})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def prove_all(
     """
     config = json_object(merged / "config.json")
     chat = generation.load_chat(str(checkpoint), name, workspace)
-    longest = max((len(chat.tokens(chat.text(row.messages, ask=False))) for row in rows), default=0)
+    longest = max((len(chat.tokens(chat.trained_text(row.messages))) for row in rows), default=0)
     if reason := _not_provable(files, longest, config, merged):
         return [Proof(reason=reason) for _ in files]
     loaded = load_model(base or locate(name, workspace), name, place("cpu"))
@@ -188,7 +188,7 @@ def compare(
     sums, same_tokens, same_answers = _Sums(), 0, 0
     tokenizes = True
     for row in rows:
-        text = chat.text(row.messages, ask=False)
+        text = chat.trained_text(row.messages)
         ids = chat.tokens(text)
         theirs = written.tokens(text)
         tokenizes = theirs is not None

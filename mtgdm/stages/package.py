@@ -20,6 +20,7 @@ from mtgdm.stage import Context, Flag, Input, Result, Runtime, StageConfig, stag
 
 if TYPE_CHECKING:
     from mtgdm.export.build import Order
+    from mtgdm.export.modelfile import Modelfile
     from mtgdm.export.ollama import OllamaServer
     from mtgdm.export.trained import Trained
 
@@ -181,6 +182,7 @@ def run(config: PackageConfig, context: Context) -> Result:
             checkpoint, training, config.in_, context.workspace, base=config.base_model
         )
         if known := Training.of(checkpoint):
+            known.check_chat(student.chat)
             known.check_base_state(
                 model_state(student.source), otherwise=", or name its place: --base-model FOLDER"
             )
@@ -313,7 +315,7 @@ def _server(config: PackageConfig, student: Trained, held: ExitStack) -> OllamaS
     server = held.enter_context(OllamaServer(config.url))
     server.check()
     if not config.overwrite:
-        server.check_name(config.ollama_create, student.modelfile("", {}).request())
+        server.check_name(config.ollama_create, student.modelfile("", {}).request(), student.template)
     return server
 
 
@@ -419,18 +421,42 @@ def _create_in_ollama(
     path = target / f"{target.name}-{quant}.gguf"
     licence = {"license": config.license} if config.license else student.licence
     modelfile = student.modelfile(path.name, licence)
+    digest = folder.checksums(target)[path.name]
     server.create(
-        config.ollama_create,
-        path,
-        folder.checksums(target)[path.name],
-        modelfile.request(),
-        context,
-        quantize=config.ollama_quantize,
+        config.ollama_create, path, digest, modelfile.request(), context, quantize=config.ollama_quantize
     )
+    if not _renders_as_trained(config.ollama_create, student, modelfile, server):
+        context.print(
+            "this Ollama does not show the prompts it renders: they are compared by their length alone"
+        )
+        if modelfile.template_of_old is not None:
+            old = modelfile.request() | {"template": modelfile.template_of_old}
+            server.create(config.ollama_create, path, digest, old, context, quantize=config.ollama_quantize)
+            context.warn(
+                f"{config.ollama_create} got the TEMPLATE for an old Ollama: send texts without white space at "
+                "their ends"
+            )
     asked = student.question
     server.introduce(
         config.ollama_create, asked, len(student.chat.prompt(asked)), context, num_ctx=modelfile.num_ctx
     )
+
+
+def _renders_as_trained(name: str, student: Trained, modelfile: Modelfile, server: OllamaServer) -> bool:
+    """Whether a server shows the prompts it renders; UserError where one is not that of the training."""
+    from mtgdm.evaluation import rendering
+
+    for messages in student.chats_to_compare:
+        # The server puts its own before a chat that brings no system text.
+        led = [] if messages[0]["role"] == "system" or modelfile.system is None else [modelfile.system]
+        meant = [*({"role": "system", "content": text} for text in led), *messages]
+        for think in (None, False):
+            rendered = server.rendered(name, messages, think)
+            if rendered is None:
+                return False
+            asked = "" if think is None else " (asked with think: false)"
+            rendering.check(student.chat, meant, rendered, f"{name} in Ollama", asked)
+    return True
 
 
 def _push(

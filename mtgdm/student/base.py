@@ -160,6 +160,12 @@ def training_settings(adapter: str) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
+def writes_thoughts(source: str) -> bool | None:
+    """Whether a student was trained to write its thoughts before an answer; None for a model of somebody else."""
+    path = Path(source) / "training.json"
+    return json_object(path).get("thoughts") is True if path.is_file() else None
+
+
 def check_folder(source: str) -> None:
     """UserError where a folder holds Git-LFS pointers in place of its files."""
     folder = Path(source)

@@ -186,11 +186,15 @@ def end_tokens(model: PreTrainedModel | PeftModel, chat: Chat) -> list[int]:
 
 
 def load_chat(source: str, name: str, workspace: Path) -> Chat:
-    """The tokenizer and template of a model; an adapter without its own speaks as its base does."""
+    """The tokenizer and template of a model; an adapter without its own speaks as its base does.
+
+    Whether it writes its thoughts says its training; of a model that mtgdm has not trained, its template.
+    """
+    thoughts = base.writes_thoughts(source)
     if base.is_adapter(source) and not (Path(source) / "tokenizer_config.json").is_file():
         name = base.base_of(source)
         source = base.locate(name, workspace)
-    return Chat(base.load_tokenizer(source, name), name)
+    return Chat(base.load_tokenizer(source, name), name, thoughts=thoughts)
 
 
 def load(
