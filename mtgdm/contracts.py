@@ -25,8 +25,8 @@ TEXT_BOUND = 1500
 """Characters of a string whose contract declares no bound."""
 LIST_BOUND = 100
 """Items of a list whose contract declares no bound."""
-SHORTEST_CUT = 40
-"""A string exactly as long as its bound was cut there; below this it may as well be a code of fixed length."""
+SHORTEST_CUT = 20
+"""A string exactly as long as its bound was cut there; below this it may as well be a number of fixed length."""
 
 Schema = dict[str, Any]
 

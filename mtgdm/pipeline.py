@@ -12,11 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtgdm import __version__, manifest, processes
+from mtgdm import __version__, manifest, processes, rows
 from mtgdm.errors import MtgdmError, SettingError, UserError
 from mtgdm.manifest import Manifest
 from mtgdm.profiles import Profile, Settings, Sourced, settings_for
-from mtgdm.rows import replace
 from mtgdm.stage import Context, Result, Stage, StageConfig
 
 if TYPE_CHECKING:
@@ -76,7 +75,8 @@ def _run(
     for key, setting in settings.values.items():
         context.log.info("%s = %s (%s)", key, setting.value, setting.source)
     try:
-        result = stage(config, context) or Result()
+        with rows.telling(context.warn):
+            result = stage(config, context) or Result()
         context.log.info("done: %s %s", result.summary, json.dumps(result.counts, ensure_ascii=False))
     except MtgdmError as error:
         context.log.error("stopped: %s", error)
@@ -155,7 +155,7 @@ def locked(workspace: Path, command: str) -> Iterator[None]:
             hint="wait for it, stop it, or give this run another `workspace:`",
         )
     try:
-        with replace(holder) as file:
+        with rows.replace(holder) as file:
             file.write(json.dumps({"pid": os.getpid(), "command": command}).encode("utf-8"))
         yield
     finally:

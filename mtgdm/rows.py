@@ -10,8 +10,10 @@ import shutil
 import threading
 import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -20,7 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, cast
 
+from mtgdm import file_formats, row_messages
 from mtgdm.errors import BadRow, UserError
+from mtgdm.row_messages import ROLES, NotARow
 
 if TYPE_CHECKING:
     from mtgdm.row_ids import Block, IdList
@@ -34,12 +38,12 @@ TEST_RATIO = 0.1
 
 FSYNC_INTERVAL_S = 1.0
 _NO_ROOM = "make room on the disk, or write elsewhere; then run the same command again"
-_ROLES = frozenset({"system", "user", "assistant"})
 _ID_LENGTH = 24
 _OUR_FORM = re.compile(rb'\{"id": "([0-9a-f]{24})".*\}', re.DOTALL)
 _MANIFEST = ".manifest.json"
 _BOM = b"\xef\xbb\xbf"
 _WHITE = b" \t\r\n"
+_BECOMES = "rows.jsonl"
 _encoded = json.JSONEncoder(ensure_ascii=False).encode
 """Made once: `json.dumps` with settings of its own makes an encoder at every call."""
 
@@ -47,8 +51,8 @@ _encoded = json.JSONEncoder(ensure_ascii=False).encode
 # --- identity ------------------------------------------------------------------------------------
 
 
-def row_id(messages: Sequence[dict[str, str]]) -> str:
-    """24 hex digits of the SHA-256 over the messages, a last assistant turn left out."""
+def row_id(messages: Sequence[dict[str, Any]]) -> str:
+    """24 hex digits of the SHA-256 over role and content of the messages, a last assistant turn left out."""
     prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     # As JSON without spaces, put together here because an encoder takes five times as long.
     turns = [f"[{encode_basestring(m['role'])},{encode_basestring(m['content'])}]" for m in prompt]
@@ -77,7 +81,8 @@ class Row:
     """One row of a prompt, teacher or eval file, with the place it came from."""
 
     id: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    """Each with `role` and `content`; an answer may have `weight` (0: not trained) and `reasoning_content`."""
     meta: dict[str, Any]
     path: Path
     line: int
@@ -85,7 +90,7 @@ class Row:
     """Keys of the row beside `id`, `messages` and `meta`."""
 
     @cached_property
-    def prompt(self) -> list[dict[str, str]]:
+    def prompt(self) -> list[dict[str, Any]]:
         """The messages without a last assistant turn."""
         return self.messages if self.answer is None else self.messages[:-1]
 
@@ -93,7 +98,7 @@ class Row:
     def answer(self) -> str | None:
         """The last assistant turn, or None where the row is a prompt."""
         last = self.messages[-1]
-        return last["content"] if last["role"] == "assistant" else None
+        return str(last["content"]) if last["role"] == "assistant" else None
 
     @property
     def type(self) -> str | None:
@@ -129,10 +134,14 @@ def read_lines(path: Path, numbers: Iterable[int] | None = None) -> Iterator[tup
     `numbers`, ascending, takes these lines alone.
     """
     with _open(path) as file:
-        for number, line in enumerate(file, start=1) if numbers is None else _picked(file, numbers):
-            stripped = _stripped(number, line)
-            if stripped:
-                yield number, stripped
+        yield from _full_lines(file, numbers)
+
+
+def _full_lines(file: BinaryIO, numbers: Iterable[int] | None) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(file, start=1) if numbers is None else _picked(file, numbers):
+        stripped = _stripped(number, line)
+        if stripped:
+            yield number, stripped
 
 
 def _picked(file: BinaryIO, numbers: Iterable[int]) -> Iterator[tuple[int, bytes]]:
@@ -154,6 +163,7 @@ def read_blocks(path: Path) -> Iterator[Block]:
     from mtgdm import row_ids
 
     with _open(path) as file:
+        _refuse_other_formats(path, file)
         for block in row_ids.read_blocks(file):
             for place in (~block.ours).nonzero()[0].tolist():
                 number, line = block.line(place)
@@ -170,15 +180,19 @@ def parse_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadRow(path, number, f"not UTF-8 (byte {error.start} of the line)") from error
+        raise file_formats.not_utf8(path, number, line, error.start) from error
     except json.JSONDecodeError as error:
-        raise BadRow(path, number, f"not JSON: {error.msg} at character {error.pos}") from error
+        reason = f"{error.msg} at character {error.pos}"
+        raise file_formats.not_json(path, number, error.doc, reason, _BECOMES) from error
     except ValueError as error:
         raise BadRow(path, number, "a number of more digits than Python reads") from error
     except RecursionError as error:
         raise BadRow(path, number, "nested too deeply") from error
+    if isinstance(value, list):
+        hint = file_formats.to_lines(path.name, array=True, becomes=_BECOMES)
+        raise BadRow(path, number, "not a JSON object but an array", hint=hint)
     if not isinstance(value, dict):
-        raise BadRow(path, number, f"not a JSON object but {type(value).__name__}")
+        raise BadRow(path, number, f"not a JSON object but {row_messages.kind(value)}")
     return value
 
 
@@ -189,47 +203,102 @@ def read_rows(
 
     `answered=True` demands that each row ends with the assistant's answer, False that none does,
     None takes both. Files of the original pipeline (no `id`) are accepted: the id is computed.
-    Raises BadRow with `file:line`, or UserError where there is no such file.
+    Raises BadRow with `file:line`, or UserError where there is no such file or it holds no JSON lines. Keys of
+    messages that mean nothing here are counted, and told once the file is read: see `telling`.
     """
-    for number, line in read_lines(path, numbers):
-        row = _row(path, number, parse_object(path, number, line))
-        if answered is True and row.answer is None:
-            raise row.bad(
-                "the row has no answer", hint="is this the prompts file? answers come from `mtgdm teacher`"
-            )
-        if answered is False and row.answer is not None:
-            raise row.bad(
-                "the row already has an answer",
-                hint="is this a teacher file? prompts come from `mtgdm prompts`",
-            )
-        yield row
+    ignored: Counter[str] = Counter()
+    try:
+        with _open(path) as file:
+            _refuse_other_formats(path, file)
+            for number, line in _full_lines(file, numbers):
+                row = _row(path, number, parse_object(path, number, line), ignored)
+                if answered is True and row.answer is None:
+                    raise row.bad(
+                        "the row has no answer",
+                        hint="is this the prompts file? answers come from `mtgdm teacher`",
+                    )
+                if answered is False and row.answer is not None:
+                    raise row.bad(
+                        "the row already has an answer",
+                        hint="is this a teacher file? prompts come from `mtgdm prompts`",
+                    )
+                yield row
+    finally:
+        _tell_ignored(path, ignored)
 
 
-def _row(path: Path, number: int, value: dict[str, Any]) -> Row:
-    messages = value.pop("messages", None)
-    if not isinstance(messages, list) or not messages:
-        raise BadRow(path, number, "`messages` is missing, empty or no list")
-    for message in messages:
-        if (
-            not isinstance(message, dict)
-            or message.get("role") not in _ROLES
-            or not isinstance(message.get("content"), str)
-        ):
-            raise BadRow(
-                path, number, "a message needs `role` (system, user, assistant) and a text `content`"
-            )
-    if all(message["role"] != "user" for message in messages):
-        raise BadRow(path, number, "`messages` holds no user turn")
+_TELL: ContextVar[Callable[[str], None] | None] = ContextVar("_TELL", default=None)
+
+
+@contextmanager
+def telling(tell: Callable[[str], None]) -> Iterator[None]:
+    """Give `tell` a line about each file whose messages hold keys that are not read; each line once."""
+    told: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in told:
+            told.add(line)
+            tell(line)
+
+    token = _TELL.set(once)
+    try:
+        yield
+    finally:
+        _TELL.reset(token)
+
+
+def _tell_ignored(path: Path, ignored: Counter[str]) -> None:
+    tell = _TELL.get()
+    if tell is None or not ignored:
+        return
+    keys = ", ".join(f"`{key}` ({count:,})" for key, count in sorted(ignored.items()))
+    tell(f"{path.name}: keys of messages that are not read: {keys}")
+
+
+def _row(path: Path, number: int, value: dict[str, Any], ignored: Counter[str]) -> Row:
     meta = value.pop("meta", None)
+    given = value.pop("id", None)
+    try:
+        messages = _messages(path, value, ignored)
+        if value:
+            row_messages.check_beside(value)
+    except NotARow as reason:
+        raise BadRow(path, number, reason.reason, hint=reason.hint) from reason
     if meta is None:
         meta = {}
     if not isinstance(meta, dict):
-        raise BadRow(path, number, f"`meta` is no object but {type(meta).__name__}")
+        raise BadRow(path, number, f"`meta` is no object but {row_messages.kind(meta)}")
     identity = row_id(messages)
-    given = value.pop("id", None)
     if given is not None and given != identity:
         value["given_id"] = given  # another tool's, which may stand for other messages too
     return Row(identity, messages, meta, path, number, value)
+
+
+def _messages(path: Path, value: dict[str, Any], ignored: Counter[str]) -> list[dict[str, Any]]:
+    """The messages of a row, those with more than role and content brought into one form; raises NotARow."""
+    found = value.pop("messages", None)
+    if not isinstance(found, list) or not found:
+        raise row_messages.no_messages(value, found, path.name)
+    asked = False
+    for place, message in enumerate(found):
+        # Most rows hold nothing else, and a million of them are read: the rest is looked at apart.
+        if not (
+            isinstance(message, dict)
+            and len(message) == 2
+            and message.get("role") in ROLES
+            and isinstance(message.get("content"), str)
+        ):
+            found[place] = message = row_messages.plain(message, place + 1, ignored)
+        asked = asked or message["role"] == "user"
+    if not asked:
+        raise NotARow("`messages` holds no user turn")
+    return found
+
+
+def _refuse_other_formats(path: Path, file: BinaryIO) -> None:
+    if file.seekable():
+        file_formats.refuse_other_formats(path, file.read(file_formats.HEAD_BYTES), _BECOMES)
+        file.seek(0)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -478,7 +547,7 @@ def _line_id(path: Path, number: int, line: bytes) -> str:
     """The id of a row from the first bytes of its line; lines of another form are parsed."""
     if ours := _OUR_FORM.fullmatch(line):
         return ours[1].decode("ascii")
-    return _row(path, number, parse_object(path, number, line)).id
+    return _row(path, number, parse_object(path, number, line), Counter()).id
 
 
 def put_in_order(path: Path, ids: IdList | Iterable[str]) -> None:

@@ -13,7 +13,18 @@ import mtgdm
 
 PACKAGE = Path(mtgdm.__file__).parent
 LAYERS = [
-    {"errors", "processes", "rows", "row_ids", "manifest", "plugins", "shipped", "thoughts"},
+    {
+        "errors",
+        "processes",
+        "file_formats",
+        "row_messages",
+        "rows",
+        "row_ids",
+        "manifest",
+        "plugins",
+        "shipped",
+        "thoughts",
+    },
     {"stage", "estimates", "contracts", "domain", "profiles", "terminal", "interrupts", "checkpoints"},
     {"tourism", "teachers", "student", "scoring", "evaluation", "export", "charts", "reports"},
     {"stages"},

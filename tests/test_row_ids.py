@@ -136,7 +136,7 @@ def test_a_block_grows_with_the_line_it_holds() -> None:
 
 def test_a_bad_line_of_another_form_is_named(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", *[row(IDS[1], "西湖")] * 20, '{"messages": []}')
-    with pytest.raises(BadRow, match="`messages` is missing") as caught:
+    with pytest.raises(BadRow, match="`messages` is empty") as caught:
         list(rows.read_blocks(path))
     assert caught.value.where == f"{path}:21"
 

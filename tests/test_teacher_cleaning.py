@@ -55,6 +55,11 @@ AROUND_ANY = [
     "```markdown\n<think>x</think>\n{}\n```",
     "<think>x</think>\n```text\r\n{}\r\n```<|im_end|>",
     "```markdown\n{}",
+    "assistant\n\n{}",
+    "{}\nassistant",
+    "{}<|im_",
+    "{}<|eot_id",
+    "{}</s",
 ]
 AROUND_JSON = [
     "```json{}```",
@@ -103,6 +108,8 @@ def test_what_stands_around_a_json_answer_is_taken_off(around: str) -> None:
         "a <think>b</think> c",
         "This is our model",
         "Ask the user",
+        "model trains run",
+        "assistant: a lake",
     ],
 )
 def test_prose_that_only_looks_wrapped_is_left_as_it_is(text: str) -> None:

@@ -503,9 +503,7 @@ def test_a_question_the_server_refuses_is_asked_once(tmp_path: Path, server: Oll
 def test_an_invalid_answer_is_repaired_in_a_second_turn(tmp_path: Path, server: OllamaServer) -> None:
     def answer(question: Question) -> str:
         right = right_answer(question)
-        return (
-            right if len(question.body["messages"]) > 2 else right.replace('"year": 1100', '"year": "1100"')
-        )
+        return right if len(question.body["messages"]) > 2 else right.replace('"year":1100', '"year":"1100"')
 
     server.answer = answer
     write_prompts(tmp_path, 1, types=["card"])
@@ -517,7 +515,7 @@ def test_an_invalid_answer_is_repaired_in_a_second_turn(tmp_path: Path, server: 
     assert len(row["messages"]) == 3
     assert (row["meta"]["teacher"]["attempts"], row["meta"]["teacher"]["repaired"]) == (2, True)
     shown, said = server.questions[1].body["messages"][2:]
-    assert shown == {"role": "assistant", "content": '{"name": "第0园", "year": "1100"}'}
+    assert shown == {"role": "assistant", "content": '{"name":"第0园","year":"1100"}'}
     assert "year: Input should be a valid integer" in said["content"]
 
 

@@ -46,17 +46,20 @@ class TeacherConfig(TeacherSettings):
     """Reject answers that tell less than this share of their record's facts; 0 keeps them all."""
     max_unsupported: int | None = Field(None, ge=0)
     """Reject answers with more claims than this that their record does not support; by default none is rejected."""
+    samples: int = Field(1, ge=1, le=64)
+    """Answers a prompt; the one that passes best is kept, the others go to FILE.samples.jsonl."""
     json_form: Literal["compact", "as_answered"] = "compact"
     """How JSON answers are kept: keys in the contract's order and no white space, or as the model wrote them."""
     strict: bool = False
     """End with exit code 1 when any row is rejected."""
 
     def outputs(self) -> list[Path]:
-        """The kept rows, and the rejected ones where there are any."""
+        """The kept rows; the rejected ones and the samples not chosen, where there are any."""
         from mtgdm.teachers.ledger import rejected_path
+        from mtgdm.teachers.samples import samples_path
 
-        rejected = rejected_path(self.out)
-        return [self.out, rejected] if rejected.exists() else [self.out]
+        others = (rejected_path(self.out), samples_path(self.out))
+        return [self.out, *(path for path in others if path.exists())]
 
     def finished(self) -> tuple[int, int] | None:
         """Rows done of rows, by counting lines."""
@@ -72,18 +75,20 @@ class TeacherConfig(TeacherSettings):
     def estimate(self) -> dict[str, Any]:
         """Rows to ask and the tokens of their prompts; tokens and hours of the answers from rows that are there."""
         from mtgdm.teachers.probe import estimated
+        from mtgdm.teachers.samples import times
 
         work = self._work()
-        return estimated(work, self, self.out) if work else {}
+        return times(estimated(work, self, self.out), self.samples) if work else {}
 
     def probe(self, count: int, context: Context) -> dict[str, Any]:
         """The same from `count` rows that are asked now; their answers are thrown away."""
         from mtgdm.teachers.probe import probed
+        from mtgdm.teachers.samples import times
 
         work = self._work()
         if work is None or not work.to_ask:
             return self.estimate()
-        return probed(work, self, self.judge(context), count, context)
+        return times(probed(work, self, self.judge(context), count, context), self.samples)
 
     def judge(self, context: Context) -> Judge:
         """What decides over each answer."""
@@ -131,6 +136,10 @@ def run(config: TeacherConfig, context: Context) -> Result:
     if not config.num_ctx:
         sized = context_size(prompts.longest_tokens, config.max_tokens)
         settings = config.model_copy(update={"num_ctx": sized})
+    if config.samples > 1:
+        from mtgdm.teachers.samples import sampling
+
+        teacher = sampling(teacher, settings, config.samples)
     asked = backends(teacher, settings, context.domain)
     backend = asked[0]
     judge = config.judge(context)
@@ -163,6 +172,7 @@ def _ask(
     import asyncio
 
     from mtgdm.teachers.loop import Loop
+    from mtgdm.teachers.samples import Samples, each_sampled
 
     kept = rejected = again = 0
     backend, log = asked[0], context.log
@@ -175,10 +185,17 @@ def _ask(
         prompts.asked,
         done.sum(),
     )
-    with context.progress(prompts.asked, "rows", done=int(done.sum())) as bar:
+    with (
+        context.progress(prompts.asked, "rows", done=int(done.sum())) as bar,
+        Samples(config.samples, config.out, judge, overwrite=config.overwrite) as samples,
+    ):
 
-        def record(outcome: Outcome) -> None:
+        def record(one: Outcome) -> None:
             nonlocal kept, rejected
+            log.info("%s", _line(one))
+            outcome = samples.settled(one)
+            if outcome is None:
+                return
             if outcome.reason is None:
                 ledger.keep(_kept(outcome, backend, judge))
                 kept += 1
@@ -186,7 +203,6 @@ def _ask(
                 ledger.reject(_rejected(outcome, backend))
                 rejected += 1
                 reasons[_printable(re.sub(r"\d+", "…", outcome.reason))] += 1
-            log.info("%s", _line(outcome))
             bar.advance()
             bar.note(told())
 
@@ -208,7 +224,8 @@ def _ask(
             warn=lambda text: context.warn(_printable(text)),
         )
         bar.live = loop.notes
-        asyncio.run(loop.run(prompts.rows(~done), record))
+        rows = prompts.rows(~done)
+        asyncio.run(loop.run(each_sampled(rows, config.samples) if config.samples > 1 else rows, record))
     return reasons
 
 

@@ -29,8 +29,17 @@ _CONTROL = r"""
 _LOST = r"<unk> | <UNK> | \[UNK\] | <0x[0-9A-F]{2}>"
 """What stands for a character that the vocabulary could not write: without it something is missing."""
 _CONTROL_TOKEN = re.compile(f"{_CONTROL} | {_LOST}", re.VERBOSE)
-_LEADING = re.compile(rf"(?:(?:{_CONTROL})\s*(?:(?:assistant|model)(?=\s*(?:\n|<|\[|\Z))\s*)?)+", re.VERBOSE)
-_TRAILING = re.compile(rf"(?:\s*(?:{_CONTROL})(?:\s*(?:assistant|user|model)\b)?)+\s*\Z", re.VERBOSE)
+_LEADING = re.compile(
+    rf"(?:(?:{_CONTROL})\s*(?:(?:assistant|model)(?=\s*(?:\n|<|\[|\Z))\s*)?)+ | (?:assistant|model)\s*\n",
+    re.VERBOSE,
+)
+_TRAILING = re.compile(
+    rf"(?:\s*(?:{_CONTROL})(?:\s*(?:assistant|user|model)\b)?)+\s*\Z"
+    # A server that drops control tokens leaves the role; one that cuts at them may leave their beginning.
+    "| (?<=[。！？.!?\\n])(?:assistant|user|model)\\Z"
+    r"| <\|[A-Za-z_]{0,30}\Z | </s\Z | <(?:start|end)_of_turn\Z",
+    re.VERBOSE,
+)
 """The end of the answer, and perhaps the beginning of a new turn in which nothing was said."""
 
 _INVISIBLE = (
@@ -88,9 +97,9 @@ def _trimmed(text: str) -> str:
 
 
 def _without_end_tokens(text: str) -> str:
-    if text[:1] in ("<", "[", "]"):
-        text = _LEADING.sub("", text, count=1)
-    if text.endswith((">", "]", "[", "assistant", "user", "model")):
+    if leading := _LEADING.match(text):
+        text = text[leading.end() :]
+    if text.endswith((">", "]", "[", "assistant", "user", "model", "</s", "_of_turn")) or "<|" in text[-32:]:
         text = _TRAILING.sub("", text)
     return _trimmed(text)
 

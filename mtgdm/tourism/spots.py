@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from mtgdm.domain import BadRecord, Record
 from mtgdm.errors import BadRow, UserError
+from mtgdm.file_formats import HEAD_BYTES, refuse_other_formats, to_lines
 from mtgdm.tourism.coordinates import read_coordinates
 from mtgdm.tourism.record import Detail, Facts, topic
 
@@ -32,23 +33,12 @@ _READ_KEYS = frozenset(
     {"name", "province", "city", "lat", "lon", "geo", "text_zh"}
     | {"name_en", "level", "year_5a", "unesco", "types", "best_season"}
 )
-_OTHER_FORMATS = (
-    (b"\x1f\x8b", "a gzip file", "unpack it first: gunzip {name}"),
-    (b"PK\x03\x04", "a zip file", "unpack it first: unzip {name}"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it first: zstd -d {name}"),
-    (b"BZh", "a bzip2 file", "unpack it first: bunzip2 {name}"),
-    (b"\xfd7zXZ", "an xz file", "unpack it first: unxz {name}"),
-    (b"SQLite format 3", "an SQLite database", "export it as one JSON object a line"),
-    (b"PAR1", "a Parquet file", "export it as one JSON object a line"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the data", "git lfs pull"),
-    (b"\xff\xfe", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 {name} > spots.jsonl"),
-    (b"\xfe\xff", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 {name} > spots.jsonl"),
-)
 _NAME_KEYS = ("name", "title", "名称", "标题")
 _DESCRIPTION_KEYS = {"desc", "description", "intro", "text", "content", "note", "简介", "介绍", "说明"}
 _WORD_KEYS = ("name", "text", "zh", "content", "value", "名称", "title")
 _SENTENCE_END = re.compile("[。！？.!?…][”’」』）)]*$")
 _BOM = b"\xef\xbb\xbf"
+_BECOMES = "spots.jsonl"
 
 
 class _BadSpot(Exception):
@@ -83,7 +73,7 @@ def read(path: Path, on_bad: BadRecord) -> Iterator[Record]:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=path) from error
     with stream:
-        _refuse_other_formats(path, stream.peek(512)[:512])
+        refuse_other_formats(path, stream.peek(HEAD_BYTES)[:HEAD_BYTES], _BECOMES)
         seen = False
         for number, line in enumerate(stream, start=1):
             line = line.removeprefix(_BOM)  # on any line: files are joined with cat
@@ -100,22 +90,6 @@ def read(path: Path, on_bad: BadRecord) -> Iterator[Record]:
                 on_bad(BadRow(path, number, "nested too deep to be read"))
     if not seen:
         raise UserError("holds no records", where=path, hint=f"each line is one spot: {EXAMPLE}")
-
-
-def _refuse_other_formats(path: Path, start: bytes) -> None:
-    for magic, what, hint in _OTHER_FORMATS:
-        if start.startswith(magic):
-            raise UserError(f"is {what}", where=path, hint=hint.format(name=path.name))
-    if start.removeprefix(_BOM).lstrip()[:1] == b"[" and b"\n" in start:
-        first = start.removeprefix(_BOM).lstrip().split(b"\n", 1)[0].strip()
-        if first == b"[":  # a pretty-printed array would be one error a line
-            raise UserError(
-                "is one JSON array, not one object a line", where=path, hint=_array_hint(path.name)
-            )
-
-
-def _array_hint(name: str) -> str:
-    return f"turn it into lines: jq -c '.[]' {name} > spots.jsonl"
 
 
 def _parse(line: bytes, file_name: str) -> dict[str, Any]:
@@ -138,7 +112,7 @@ def _parse(line: bytes, file_name: str) -> dict[str, Any]:
     except ValueError as error:
         raise _BadSpot(f"not JSON: {str(error).split(':')[0]}") from None
     if isinstance(value, list):
-        raise _BadSpot("a JSON array, not an object", _array_hint(file_name))
+        raise _BadSpot("a JSON array, not an object", to_lines(file_name, array=True, becomes=_BECOMES))
     if not isinstance(value, dict):
         raise _BadSpot(f"{_kind(value)}, not an object", f"each line is one spot: {EXAMPLE}")
     return value
