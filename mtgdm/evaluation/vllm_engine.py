@@ -118,7 +118,8 @@ class Vllm(Student):
             for row in islice(waiting, ROWS_AT_ONCE - len(in_flight)):
                 self._numbers += 1
                 in_flight[str(self._numbers)] = _Asked(row)
-                prompt = {"prompt_token_ids": self._prompts[row.id]}
+                # With its type it is what the engine itself works on; without, newer versions warn of it.
+                prompt = {"type": "token", "prompt_token_ids": self._prompts[row.id]}
                 engine.add_request(str(self._numbers), prompt, self._sampling(row), lora_request=adapter)
             if not in_flight:
                 return
