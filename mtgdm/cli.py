@@ -303,7 +303,9 @@ def run_all(
     if pages:
         _terminal().print(f"open {_short(pages[-1], loaded)} in a browser: every answer beside its reference")
     if loaded.name == _FIRST_PROFILE:
-        _terminal().print(f"next, a real student in a quarter of an hour: mtgdm all --profile {_FIRST_REAL_PROFILE}")
+        _terminal().print(
+            f"next, a real student in a quarter of an hour: mtgdm all --profile {_FIRST_REAL_PROFILE}"
+        )
 
 
 def _cut(chain: list[Any], first: str | None, last: str | None) -> list[Any]:

@@ -301,6 +301,9 @@ class _LogFile(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            if self._file.closed:
+                # `logging.config.dictConfig`, which some libraries call as they start, closes every handler there is.
+                self._file = self._path.open("ab", buffering=0)
             self._file.write(f"{self.format(record)}\n".encode("utf-8", "backslashreplace"))
         except OSError as error:
             if not self._failed:

@@ -512,7 +512,8 @@ def _pieces(reply: JsonObject) -> list[str]:
 def _sorted_keys(content: str) -> str:
     """A JSON answer in the order in which the grammar of its schema has the keys."""
     try:
-        return json.dumps(json.loads(content), ensure_ascii=False, sort_keys=True)
+        spaced = (", ", ": ") if '": ' in content else (",", ":")
+        return json.dumps(json.loads(content), ensure_ascii=False, sort_keys=True, separators=spaced)
     except ValueError:
         return content
 

@@ -355,6 +355,15 @@ def test_a_loop_is_stopped_and_asked_for_again_otherwise(tmp_path: Path, server:
     assert all("适合拍照" not in str(question.body) for question in server.questions)
 
 
+def test_a_loop_that_comes_in_one_piece_is_one_too(tmp_path: Path, server: OllamaServer) -> None:
+    server.streams = False
+    server.answer = first_time(lambda question: "西湖" + "适合拍照，" * 200)
+    write_prompts(tmp_path, 2, types=["note"])
+    ask(tmp_path, server)
+    assert [(one["attempts"], one["repaired"]) for one in meta(tmp_path)] == [(2, True)] * 2
+    assert all("适合拍照" not in str(question.body) for question in server.questions)
+
+
 def test_a_loop_that_comes_again_is_put_aside_with_what_it_repeats(
     tmp_path: Path, server: OllamaServer
 ) -> None:
@@ -378,6 +387,14 @@ def test_what_the_server_gives_up_is_asked_for_with_another_seed(
     ask(tmp_path, server)
     assert [one["attempts"] for one in meta(tmp_path)] == [2, 2]
     assert server.tokens_written < 150
+
+
+def test_thoughts_alone_are_said_with_what_stops_them(tmp_path: Path, server: OllamaServer) -> None:
+    thought = {"message": {"role": "assistant", "content": "", "thinking": "想一想"}}
+    server.fault = lambda question: Fault(change=lambda reply: {**reply, **thought})
+    write_prompts(tmp_path, 1)
+    with pytest.raises(UserError, match=r"the answer is empty: the model only thought .*enable_thinking"):
+        ask(tmp_path, server, retries=0)
 
 
 def test_prose_where_json_was_asked_for_is_stopped(tmp_path: Path, server: OllamaServer) -> None:

@@ -26,7 +26,6 @@ from mtgdm.teachers.judgement import Standard
 from mtgdm.teachers.lengths import Lengths
 from mtgdm.teachers.repair import both_reasons, repair_turns, repeats_repair
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
-from mtgdm.teachers.slots import Slots
 from mtgdm.teachers.watch import AnswerWatch
 
 if TYPE_CHECKING:
@@ -56,6 +55,10 @@ NEARLY = 0.9
 LONGEST_SHOWN = 4000
 """So much of an answer is shown to its teacher in the repair turn."""
 
+ONLY_THOUGHTS = (
+    "the model only thought "
+    """(--extra-body '{"chat_template_kwargs": {"enable_thinking": false}}' stops that in many servers)"""
+)
 SHORTER = "(The answer must be complete within {max_tokens} tokens: be brief.)"
 
 
@@ -151,9 +154,8 @@ class Loop:
         """Of the answers that are awaited or written just now."""
         self._first_token_at: float | None = None
         self._told: set[str] = set()
-        for place, endpoint in enumerate(self._endpoints.all):
+        for endpoint in self._endpoints.all:
             endpoint.backend.tell = self._tell_once
-            endpoint.slots = Slots(settings.concurrency, told=place > 0)
 
     @property
     def in_flight(self) -> int:
@@ -170,7 +172,8 @@ class Loop:
         speed = []
         if self._first_token_at is not None and (tokens := self.tokens):
             elapsed_s = max(time.monotonic() - self._first_token_at, 1e-3)
-            speed = [f"{tokens / elapsed_s:,.0f} tokens/s"]
+            rate = tokens / elapsed_s
+            speed = [f"{rate:,.0f} tokens/s" if rate >= 10 else f"{rate:.1f} tokens/s"]
         return [*speed, *self.flight_notes()]
 
     def flight_notes(self) -> list[str]:
@@ -434,7 +437,8 @@ class Loop:
 
     def _taken(self, asking: _Asking, completion: Completion, watch: AnswerWatch) -> Completion:
         """A completion in our words; Retryable or Refused where there is no answer to judge."""
-        kind = finish(completion.finish_reason)
+        word = completion.finish_reason
+        kind = finish(word)
         asking.stopped = None
         if kind is Finish.STOPPED and watch.problem is not None:
             asking.stopped, kind = watch.problem, watch.reason
@@ -443,13 +447,14 @@ class Loop:
         asking.completion = completion
         asking.text = cleaned(completion.text, is_json=asking.contract is not None)
         if kind is Finish.FAILED:
-            raise Retryable("the server broke the answer off", another_seed=True)
+            raise Retryable(f"the server ended the answer with '{word}'", another_seed=True)
         if self._judge.takes_all:
             return completion
         if kind is Finish.FILTERED:
             raise Refused("the server's content filter ended the answer")
         if not asking.text and kind not in (Finish.LENGTH, Finish.REPETITION) and asking.stopped is None:
-            raise Retryable("the answer is empty", another_seed=True)
+            why = f": {ONLY_THOUGHTS}" if watch.thinks else ""
+            raise Retryable(f"the answer is empty{why}", another_seed=True)
         return completion
 
     def _watch(self, asking: _Asking, backend: Backend) -> AnswerWatch:

@@ -167,6 +167,7 @@ class ServerBackend(Backend):
         if not reply.body:
             reader.finish()
         else:
+            reader.whole = True
             if not reader.read_lines(reply):
                 reader.take(reply_object(reply))
             reader.watch.alive()
@@ -179,6 +180,8 @@ class ServerBackend(Backend):
         raise Retryable(f"the server says: {said(failed)}")
 
     def _completion(self, reader: AnswerReader, seconds: float) -> Completion:
+        if reader.stopped and reader.whole:  # it is lost all the same, and its tokens were counted
+            return replace(self._ended(reader), finish_reason=Finish.STOPPED, seconds=seconds)
         if reader.stopped:
             return Completion(reader.text, Finish.STOPPED, None, reader.pieces, seconds)
         if reader.overlong:

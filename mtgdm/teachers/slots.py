@@ -24,10 +24,10 @@ JUST_BEGUN = 0.05
 class Slots:
     """What is known of one server."""
 
-    def __init__(self, asked_for: int, *, told: bool = False) -> None:
-        """`asked_for`: how many it is asked for at once; `told`: whether this is told of another server already."""
+    def __init__(self, asked_for: int) -> None:
+        """`asked_for`: how many it is asked for at once."""
         self._asked_for = asked_for
-        self._told = told
+        self._told = False
         self.found: int | None = None
         """How many it writes at once, where that is fewer than it is asked for."""
         self._in_flight: set[AnswerWatch] = set()

@@ -31,6 +31,8 @@ class AnswerReader(ABC):
         """Pieces of it and of the thoughts, each a token or a few."""
         self.complete = False
         """Whether the server said that the answer is over."""
+        self.whole = False
+        """Whether it came in one piece."""
         self.stopped = False
         """Whether the watch wanted no more of it."""
         self.overlong = False

@@ -112,6 +112,8 @@ class AnswerWatch:
         """`stops`: whether a lost answer is stopped; `began` is called as the first piece comes."""
         self.pieces = 0
         """Pieces that were heard, each a token or a few."""
+        self.thinks = False
+        """Whether thoughts came in a field of their own."""
         self.problem: str | None = None
         self.reason = Finish.STOPPED
         self.first_at: float | None = None
@@ -146,6 +148,7 @@ class AnswerWatch:
     def thought(self, text: str) -> bool:
         """One more piece of the thoughts, which may only go round."""
         self.pieces += 1
+        self.thinks = True
         if not self._stops:
             return False
         self._thoughts += text
