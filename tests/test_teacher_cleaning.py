@@ -235,6 +235,11 @@ def test_a_control_token_that_stays_is_put_aside(tmp_path: Path, gardens: None) 
 # --- one form of JSON --------------------------------------------------------------------------
 
 
+def spaced(question: Question) -> str:
+    """A model that writes a space behind each colon; this server has sorted the keys, as Ollama does."""
+    return right_answer(question).replace('":', '": ')
+
+
 def answers(workspace: Path) -> list[str]:
     return [row["messages"][-1]["content"] for row in read_rows(workspace / "data" / "teacher.jsonl")]
 
@@ -251,7 +256,7 @@ def test_json_answers_are_kept_in_one_form_whatever_the_server_did_to_them(
     tmp_path: Path, gardens: None
 ) -> None:
     write_prompts(tmp_path, 2)
-    with OllamaServer(right_answer) as server:
+    with OllamaServer(spaced) as server:
         run_teacher(tmp_path, backend="ollama", model="teacher:7b", url=server.url)
     assert answers(tmp_path) == CARDS
 
@@ -260,7 +265,7 @@ def test_answers_of_earlier_runs_are_brought_into_the_form_without_being_asked_a
     tmp_path: Path, gardens: None
 ) -> None:
     write_prompts(tmp_path, 2)
-    with OllamaServer(right_answer) as server:
+    with OllamaServer(spaced) as server:
         settings = {"backend": "ollama", "model": "teacher:7b", "url": server.url}
         run_teacher(tmp_path, json_form="as_answered", **settings)
         assert answers(tmp_path)[0] == '{"name": "第0园", "year": 1100}'
@@ -281,7 +286,7 @@ def test_answers_of_earlier_runs_are_brought_into_the_form_without_being_asked_a
 
 def test_answers_can_be_kept_as_they_came(tmp_path: Path, gardens: None) -> None:
     write_prompts(tmp_path, 1)
-    with OllamaServer(right_answer) as server:
+    with OllamaServer(spaced) as server:
         settings = {"backend": "ollama", "model": "teacher:7b", "url": server.url}
         run_teacher(tmp_path, **settings)
         compact = (tmp_path / "data" / "teacher.jsonl").read_bytes()
