@@ -77,7 +77,9 @@ class Vllm(Student):
                 hint="leave out --base-model, or --backend local",
             )
         self.name, self.base_name = self.weights.shown, self.weights.base_model
-        chat = generation.load_chat(self.weights.source, name, workspace)
+        chat = generation.load_chat(
+            self.weights.source, name, workspace, base_source=self.weights.base_source
+        )
         if self.weights.training is not None:
             self.weights.training.check_chat(chat)
             self.may_think = self.weights.training.thoughts

@@ -22,9 +22,11 @@ from mtgdm.domain import Message
 from mtgdm.errors import UserError
 from mtgdm.evaluation.training import Training
 from mtgdm.export.lineage import told
+from mtgdm.export.merge import dtype_of
 from mtgdm.export.modelfile import Modelfile, can_be_quoted, context_length
 from mtgdm.export.turns import NotOfTurns, Turns, turns_of
 from mtgdm.rows import Row
+from mtgdm.student.adapter_files import has_tokenizer, vocabulary, weights_file
 from mtgdm.student.base import (
     TINY,
     adapter_config,
@@ -33,12 +35,12 @@ from mtgdm.student.base import (
     load_config,
     load_tokenizer,
     locate,
+    tokenizer_folder,
     writes_thoughts,
 )
 from mtgdm.student.chat import Chat
 from mtgdm.student.generation import check_adapter
 
-WEIGHTS = "adapter_model.safetensors"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _ASK_TIMEOUT_S = 5.0
 _WHERE_NOW = "put it back, or say where it lies now: --base-model FOLDER"
@@ -70,12 +72,6 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
         raise UserError("this is no finished checkpoint: adapter_config.json is missing", where=checkpoint)
     check_folder(str(checkpoint))
     named = adapter_config(str(checkpoint)).get("base_model_name_or_path")
-    if not (checkpoint / WEIGHTS).is_file():
-        raise UserError(
-            f"an adapter is packaged from {WEIGHTS}, which is not there",
-            where=checkpoint,
-            hint="save it with PEFT's save_pretrained(), which writes safetensors",
-        )
     check_adapter(str(checkpoint))
     known = Training.of(checkpoint)
     if known is None:
@@ -127,11 +123,16 @@ class Trained:
     @cached_property
     def chat(self) -> Chat:
         """The tokenizer and the template of the training."""
-        return Chat(
-            load_tokenizer(str(self.checkpoint), self.checkpoint.name),
-            self.checkpoint.name,
-            thoughts=writes_thoughts(str(self.checkpoint)),
-        )
+        folder = self.tokenizer_folder
+        name = self.checkpoint.name if folder == self.checkpoint else self.base_model
+        return Chat(load_tokenizer(str(folder), name), name, thoughts=writes_thoughts(str(self.checkpoint)))
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer of the training lies: with the adapter, or with its base where it has none."""
+        if has_tokenizer(self.checkpoint):
+            return self.checkpoint
+        return tokenizer_folder(self.source, self.base_model)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -141,6 +142,13 @@ class Trained:
 
     @cached_property
     def _config(self) -> PretrainedConfig:
+        config = self._base_config()
+        known = getattr(config, "vocab_size", None)
+        if known is not None and weights_file(self.checkpoint).is_file():
+            config.vocab_size = vocabulary(self.checkpoint, known)
+        return config
+
+    def _base_config(self) -> PretrainedConfig:
         if Path(self.source).is_dir():
             return load_config(self.source, self.base_model)
         try:
@@ -157,14 +165,13 @@ class Trained:
 
     def merged_bytes(self, dtype: str) -> int:
         """How large the merged model will be; `auto` takes the numbers that the base is stored in."""
-        stored = self._config.dtype if dtype == "auto" else getattr(torch, dtype)
-        number = stored if isinstance(stored, torch.dtype) else torch.bfloat16
+        number = dtype_of(self.source, self.base_model, dtype)
         return self.parameters * number.itemsize
 
     @property
     def tokenizer_bytes(self) -> int:
         """How large the tokenizer is, of which a small student mostly consists."""
-        path = self.checkpoint / "tokenizer.json"
+        path = self.tokenizer_folder / "tokenizer.json"
         return path.stat().st_size if path.is_file() else 0
 
     @property
@@ -203,7 +210,7 @@ class Trained:
     @cached_property
     def normalises(self) -> bool:
         """Whether the tokenizer brings text into NFC."""
-        return normalises(self.checkpoint)
+        return normalises(self.tokenizer_folder)
 
     @cached_property
     def turns(self) -> Turns | NotOfTurns:

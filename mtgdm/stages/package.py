@@ -253,7 +253,7 @@ def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple
         )
     if not any(one.startswith("gguf") for one in formats):
         return formats
-    problems = architectures.problems(student.config, student.checkpoint)
+    problems = architectures.problems(student.config, student.tokenizer_folder)
     if problems and (config.formats or config.ollama_create):
         raise UserError(
             f"{student.base_model} cannot be written as GGUF: {problems[0]}", hint="--formats adapter,merged"
@@ -285,9 +285,10 @@ def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Forma
 
 def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> dict[str, int]:
     """Bytes by format; what is needed while a GGUF is made stands as `on_the_way`."""
-    from mtgdm.export import gguf, trained
+    from mtgdm.export import gguf
+    from mtgdm.student import adapter_files
 
-    adapter = (student.checkpoint / trained.WEIGHTS).stat().st_size
+    adapter = adapter_files.weights_file(student.checkpoint).stat().st_size
     tokenizer = student.tokenizer_bytes
     sizes_of = {"adapter": adapter + tokenizer, "gguf-adapter": adapter}
     found: dict[str, int] = {name: size for name, size in sizes_of.items() if name in formats}
@@ -391,19 +392,23 @@ def _order(
 
 
 def _expected(config: PackageConfig, checkpoint: Path) -> dict[str, Any]:
-    """What `mtgdm plan` says: the room by format, on the way and in the end."""
-    from mtgdm.export import architectures, quantize, trained
+    """What `mtgdm plan` says: the room by format, on the way and in the end; time and memory of GGUF files."""
+    from mtgdm.export import architectures, forecast, quantize, trained
 
     student = trained.Trained.of(
-        checkpoint, trained.read_training(checkpoint), Path(), config._workspace, base=config.base_model
+        checkpoint, trained.read_training(checkpoint), config.in_, config._workspace, base=config.base_model
     )
-    formats, problems = config.formats or ALL, architectures.problems(student.config, checkpoint)
+    formats, problems = (
+        config.formats or ALL,
+        architectures.problems(student.config, student.tokenizer_folder),
+    )
     if problems:
         formats = tuple(one for one in formats if not one.startswith("gguf"))
     room = _room(config, student, formats)
     return {
         "parameters": student.parameters,
         "mib_of_disk": {name: max(1, round(size / 2**20)) for name, size in room.items()},
+        **(forecast.forecast(student, config.quantize) if "gguf" in formats else {}),
         "gguf": f"not for this base: {problems[0]}" if problems else None,
         "llama.cpp": "at hand"
         if quantize.is_installed()

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr
 
 from mtgdm import processes, rows
-from mtgdm.checkpoints import checkpoint_name, hub_id, model_state
+from mtgdm.checkpoints import ADAPTER_CONFIG, checkpoint_name, hub_id, model_state, settle
 from mtgdm.errors import UserError
 from mtgdm.manifest import settings_digest
 from mtgdm.rows import Row, Split
-from mtgdm.stage import Context, Input, Output, Result, Runtime, StageConfig, stage
+from mtgdm.stage import Context, Input, Output, Result, Runtime, StageConfig, expanded, stage
 from mtgdm.student.installed import INSTALL, TRAINING
 from mtgdm.student.resume import WholeCheckpoint, remove_checkpoints, whole_checkpoints
 
@@ -142,7 +142,7 @@ class TrainConfig(StageConfig):
     def resolved(self, workspace: Path) -> Self:
         """The same settings with every path absolute, the base named as the Hub does, the checkpoint's folder named."""
         base = self.student_base
-        if not (workspace / Path(base).expanduser()).is_dir():
+        if not (workspace / expanded(Path(base))).is_dir():
             base = hub_id(base)
         named = self.model_copy(
             update={
@@ -239,6 +239,10 @@ def _train(
     from mtgdm.student import adapter, base, distributed, memory, trainer, watch
 
     assert config.ckpt_out is not None
+    with distributed.first_alone():
+        settle(config.ckpt_out)
+    if not context.may_replace:
+        _refuse_other(config, context, f"{_settings_digest(config)}-")  # before hours of loading
     source = base.locate(config.student_base, context.workspace)
     reporters = watch.reporters(
         config.report_to, context.workspace / "log" / "tensorboard" / context.timestamp
@@ -281,6 +285,7 @@ def _train(
     if done is not None and not config.overwrite:
         context.print("this very training is finished, and its adapter is there; --overwrite trains anew")
         return _result(done, peak_memory_mib=None)
+    _refuse_other(config, context, fingerprint)
     if config.overwrite and processes.is_first():
         remove_checkpoints(config.ckpt_out)
     resume = distributed.from_first(
@@ -657,6 +662,47 @@ def _settings_digest(config: TrainConfig) -> str:
     return settings_digest(
         {key: value for key, value in _shaping(config).items() if key not in _HOW_NOT_WHAT}
     )[:16]
+
+
+def _refuse_other(config: TrainConfig, context: Context, fingerprint: str) -> None:
+    """UserError where a finished checkpoint of another training would be lost; `fingerprint` may be its first part."""
+    from mtgdm.student import distributed
+
+    assert config.ckpt_out is not None
+    problem = distributed.from_first(_other_finished(config, fingerprint) if processes.is_first() else None)
+    if problem is None or config.overwrite:
+        return
+    if context.may_replace:
+        context.print(
+            f"{problem}: it was made by this pipeline, and is replaced once the new one is finished"
+        )
+        return
+    raise UserError(
+        problem,
+        where=config.ckpt_out,
+        hint="--overwrite replaces it once the new one is finished; --ckpt-out FOLDER trains beside it",
+    )
+
+
+def _other_finished(config: TrainConfig, fingerprint: str) -> str | None:
+    """What another finished training lies in the folder; None where none does, or where this one is under way."""
+    assert config.ckpt_out is not None
+    folder = config.ckpt_out
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    if any(one.mark.fingerprint.startswith(fingerprint) for one in whole_checkpoints(folder)):
+        return None
+    try:
+        training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        if str(training["fingerprint"]).startswith(fingerprint):
+            return None
+        had = {"base": training["base_model"], **training["settings"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a finished adapter of another tool lies here"
+    has = {"base": config.student_base, **_shaping(config)}
+    others = [f"{key} {had[key]} → {has[key]}" for key in has if key in had and had[key] != has[key]]
+    changed = ", ".join(others[:3]) or "other rows, or another base"
+    return f"a finished checkpoint of another training lies here ({changed})"
 
 
 def _to_resume(folder: Path, fingerprint: str, context: Context) -> WholeCheckpoint | None:

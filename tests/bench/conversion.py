@@ -41,7 +41,6 @@ with quiet():
     folder = Path(sys.argv[1])
     chat = Chat(load_tokenizer(str(folder / "checkpoint"), "checkpoint"), "checkpoint")
     found = [resident()]
-    merging.MEMORY_SHARE = 0.0  # the comparison of the logits takes what memory there is, and no more
     merging.merge(folder / "checkpoint", str(folder / "base"), "base", chat, "bfloat16", folder / "out",
                   shard_bytes=64 * 10**6)
     found.append(resident())
