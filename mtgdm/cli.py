@@ -169,8 +169,9 @@ def _add_stage(stage: Stage[Any], *, with_options: bool) -> None:
     descriptions = stage.config.descriptions() if with_options else {}
     for name, info in stage.config.model_fields.items() if with_options else ():
         key = key_of(name, info)
-        kind = _flag_type(info.annotation)
         flag = marks(info, Flag)
+        as_json = any(mark.json for mark in flag)
+        kind = str if as_json else _flag_type(info.annotation)
         if kind is None or any(mark.hidden for mark in flag):
             continue
         option = f"--{key.replace('_', '-')}"
@@ -187,7 +188,7 @@ def _add_stage(stage: Stage[Any], *, with_options: bool) -> None:
                         *declared,
                         help=descriptions.get(name),
                         show_default=_shown(default),
-                        metavar="A,B,..." if is_list(info.annotation) else None,
+                        metavar="JSON" if as_json else "A,B,..." if is_list(info.annotation) else None,
                         rich_help_panel="Settings (flag > environment > profile > default)",
                     ),
                 ],
@@ -229,7 +230,7 @@ def _flag_type(annotation: Any) -> Any:
 
 
 def _shown(default: Any) -> str | bool:
-    if default is PydanticUndefined or default is None or default in ("", [], ()):
+    if default is PydanticUndefined or default is None or default in ("", [], (), {}):
         return False
     if isinstance(default, bool):
         return "on" if default else "off"

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
+from mtgdm.contracts import bound_fault
 from mtgdm.errors import BadRow
 
 Message = dict[str, str]
@@ -39,6 +40,8 @@ class Record:
     name: str
     region: str | None
     facts: dict[str, Any]
+    unread: tuple[BadRow, ...] = ()
+    """Optional fields of the source that could not be read and were left out, each with its place."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,9 @@ def contract_fault(contract: type[BaseModel], text: str) -> ContractFault | None
         key = ".".join(str(part) for part in first["loc"]) or "answer"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         return ContractFault(f"{key}: {first['msg']}{more}", _key_in(value, first["loc"]))
+    if (beyond := bound_fault(contract, value)) is not None:
+        key = ".".join(str(part) for part in beyond.place) or "answer"
+        return ContractFault(f"{key}: {beyond.problem}", _key_in(value, beyond.place))
     return None
 
 

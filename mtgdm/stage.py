@@ -89,10 +89,14 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Flag:
-    """More about a setting on the command line: other names for the flag, or none at all."""
+    """More about a setting on the command line: other names for the flag, or none at all.
+
+    `json`: a mapping, which a flag and an environment variable give as JSON; others only a profile can hold.
+    """
 
     also: tuple[str, ...] = ()
     hidden: bool = False
+    json: bool = False
 
 
 class StageConfig(BaseModel):
@@ -308,6 +312,9 @@ class _LogFile(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            if self._file.closed:
+                # `logging.config.dictConfig`, which some libraries call as they start, closes every handler there is.
+                self._file = self._path.open("ab", buffering=0)
             self._file.write(f"{self.format(record)}\n".encode("utf-8", "backslashreplace"))
         except OSError as error:
             if not self._failed:

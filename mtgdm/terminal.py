@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.cells import cell_len
@@ -165,6 +165,8 @@ class Progress:
         self.done = done
         self._unit = unit
         self._note = ""
+        self.live: Callable[[], list[str]] = list
+        """More notes, asked for whenever the bar is drawn: what they tell moves while no row gets done."""
         self._begun = done
         self._started = time.monotonic()
         self._ended: float | None = None
@@ -231,7 +233,7 @@ class Progress:
     @property
     def notes(self) -> list[str]:
         """The parts of the note."""
-        return self._note.replace("\n", " ").split(BETWEEN_NOTES) if self._note else []
+        return [*(self._note.replace("\n", " ").split(BETWEEN_NOTES) if self._note else []), *self.live()]
 
     def _pace(self) -> float:
         """Units a second."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 _NAME = (
     r"(?:[\w:.-]{0,24}(?:think|thought|reason|reflect|scratchpad|monologue)[\w:.-]{0,24}"
-    r"|analysis|rationale|cot|chain[_-]of[_-]thoughts?)"
+    r"|analysis|rationale|cot|chain[_-]of[_-]thoughts?|思考|思考过程|推理|推理过程|思维链|反思)"
 )
-_SURE_NAME = r"(?:(?:\w{1,8}:)?think(?:ing)?|thoughts?|reasoning)"
+_SURE_NAME = r"(?:(?:\w{1,8}:)?think(?:ing)?|thoughts?|reasoning|思考(?:过程)?)"
 """A closing tag without an opening one ends a thought only under these names."""
 
 
@@ -41,6 +41,7 @@ _FORMS = (
     # <think>, <thinking>, <thought>, <reasoning>, <reflection>, <seed:think>, <mm:think>, ...
     _form(rf"<(?P<name>{_NAME})(?:\s[^<>]{{0,200}})?(?<!/)>", r"</{name}\s*>", rf"</{_SURE_NAME}\s*>"),
     _form(rf"<{_NAME}\s*/>", ""),
+    _form(rf"&lt;(?P<name>{_SURE_NAME})&gt;", r"&lt;/{name}&gt;", rf"&lt;/{_SURE_NAME}&gt;"),
     _form(r"<details\s[^<>]{0,200}type=[\"']?reasoning[^<>]{0,200}>", r"</details\s*>"),
     # Magistral
     _form(r"\[(?P<name>think(?:ing)?)\]", r"\[/{name}\]", r"\[/think(?:ing)?\]"),
@@ -48,9 +49,9 @@ _FORMS = (
     _form(r"◁\s*think\s*▷", r"◁\s*/\s*think\s*▷", r"◁\s*/\s*think\s*▷"),
     # Sky-T1, Cohere, Apertus, Solar
     _form(
-        rf"<\|(?:begin|start)_of_(?P<name>{_SURE_NAME})\|>",
-        r"<\|end_of_{name}\|>",
-        rf"<\|end_of_{_SURE_NAME}\|>",
+        rf"<\|(?:begin|start)_?(?:of_?)?(?P<name>{_SURE_NAME})\|>",
+        r"<\|end_?(?:of_?)?{name}\|>",
+        rf"<\|end_?(?:of_?)?{_SURE_NAME}\|>",
     ),
     _form(r"<\|START_THINKING\|>", r"<\|END_THINKING\|>", r"<\|END_THINKING\|>"),
     _form(r"<\|inner_prefix\|>", r"<\|inner_suffix\|>", r"<\|inner_suffix\|>"),
@@ -94,8 +95,8 @@ _LONE_TAG = re.compile(
     rf"</?{_SURE_NAME}\s*/?>|\[/?THINK(?:ING)?\]|◁\s*/?\s*think\s*▷|<\|channel>|<channel\|>", re.IGNORECASE
 )
 _CODE = re.compile(r"(`{1,3})(?:(?!\1).)+?\1", re.DOTALL)
-_FIRST = frozenset("<[◁actTH")
-_MARKS = ("</", "[/", "▷", "|>", "<unused95>")
+_FIRST = frozenset("<[◁&actTH")
+_MARKS = ("</", "[/", "▷", "|>", "<unused95>", "&lt;/")
 
 
 def split_thoughts(text: str) -> tuple[str, str]:
@@ -126,7 +127,7 @@ def split_thoughts(text: str) -> tuple[str, str]:
 
 def thought_tag(text: str) -> str | None:
     """A tag of a thought somewhere in an answer, outside code spans, where nothing says what it belongs to."""
-    if not any(mark in text for mark in ("<", "[", "◁")):
+    if _LONE_TAG.search(text) is None:
         return None
     found = _LONE_TAG.search(_CODE.sub("", text))
     return found[0] if found else None
@@ -158,6 +159,8 @@ def _block(form: _Form, opened: re.Match[str], text: str) -> tuple[str, str] | N
     name = re.escape(opened.groupdict().get("name") or "")
     closing = re.compile(form.closing.replace("{name}", name), re.IGNORECASE)
     ends = list(closing.finditer(text, opened.end()))
+    if not ends and form.lone_closing is not None:  # <think> ... </thinking>
+        ends = list(form.lone_closing.finditer(text, opened.end()))
     if not ends:
         return (text[opened.end() :], "") if form.open_end else None
     starts = [one.start() for one in form.opening.finditer(text, opened.end()) if one[0] == opened[0]]

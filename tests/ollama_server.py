@@ -1,5 +1,10 @@
 """An Ollama server for tests: the HTTP API as its source has it, an answer of our choosing, faults on request.
 
+As seen of the real one on 2026-11-28 (source of 2026-08-21): answers are streamed as `application/x-ndjson`, a line a
+token, where `stream` is not false; `slots` of them are written at once, and the others get neither a header nor a
+token until their turn; the keys of a JSON schema are sorted, as it goes through a map; the context is rounded up to
+a multiple of 256; a schema with a bound of 2,000 is no grammar; an answer of 30 equal tokens is ended without `done`.
+
 Durations are nanoseconds; counts of zero and empty reasons are left out of replies; wrong types of options
 are errors, unknown options are not; a prompt that does not fit is refused only where `truncate` and `shift`
 are off, and otherwise cut without a word. Models are made as there: a blob is kept where its SHA-256 is what its
@@ -21,6 +26,12 @@ from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
 from tests.go_template import render
+
+CONTEXT_STEP = 256
+"""A context is rounded up to a multiple of this."""
+REPEATED = 30
+"""So many equal tokens, and an answer is ended without a word."""
+TOO_LONG_A_BOUND = 2000
 
 JsonObject = dict[str, Any]
 
@@ -104,6 +115,13 @@ class OllamaServer:
     models: dict[str, int] = field(default_factory=lambda: {"teacher:7b": 32768})
     """Names with the length of their context."""
     latency_s: float = 0.0
+    token_s: float = 0.0
+    """Between two tokens of a stream."""
+    slots: int = 256
+    """Answers that are written at once (OLLAMA_NUM_PARALLEL, which is 1 by default)."""
+    streams: bool = True
+    """Whether it knows `stream`; a proxy may not."""
+    loop_breaker: bool = True
     knows_think: bool = True
     shows_prompts: bool = True
     """Whether it knows `_debug_render_only`, as servers since 2025 do."""
@@ -124,11 +142,14 @@ class OllamaServer:
     count: Callable[[str], int] | None = None
     """How a made model counts the tokens of a rendered prompt."""
     questions: list[Question] = field(default_factory=list)
+    tokens_written: int = 0
+    """Tokens that were sent, of answers that were given up too."""
     in_flight: int = 0
     most_in_flight: int = 0
 
     def __enter__(self) -> Self:
         self._lock = threading.Lock()
+        self.turn = threading.Semaphore(self.slots)
         self._times: Counter[str] = Counter()
         self._server = _Server(("127.0.0.1", self.port), type("Handler", (_Handler,), {"server_of": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
@@ -169,7 +190,7 @@ class OllamaServer:
             self.in_flight -= 1
 
     def chat(self, question: Question) -> tuple[int, JsonObject]:
-        """`POST /api/chat` without streaming."""
+        """`POST /api/chat`: the status, and the whole reply or what is wrong."""
         body = question.body
         refusal = self._refusal(body)
         if refusal is not None:
@@ -178,14 +199,21 @@ class OllamaServer:
             text = made.rendered(body["messages"], body.get("think"))
             return 200, {"model": body["model"], "_debug_info": {"rendered_template": text}}
         options = body.get("options", {})
-        num_ctx = min(options.get("num_ctx", 4096), self.models[body["model"]])
+        num_ctx = -(-options.get("num_ctx", 4096) // CONTEXT_STEP) * CONTEXT_STEP
+        num_ctx = min(num_ctx, self.models[body["model"]])
         prompt_tokens = self._prompt_tokens(body)
         if prompt_tokens > num_ctx:
             if not self.cuts_prompts and body.get("truncate") is False and body.get("shift") is False:
-                said = "the prompt is longer than the context length currently available to the model"
-                return 400, {"error": f"{said}; {prompt_tokens} > {num_ctx}"}
+                said = (
+                    f"request ({prompt_tokens} tokens) exceeds the available context size ({num_ctx} tokens)"
+                )
+                said += ", try increasing it"
+                error = {"code": 400, "message": said, "type": "exceed_context_size_error"}
+                return 400, _of_runner({**error, "n_prompt_tokens": prompt_tokens, "n_ctx": num_ctx})
             prompt_tokens = num_ctx // 2
         content = self.answer(question)
+        if isinstance(body.get("format"), dict):
+            content = _sorted_keys(content)
         room, predict = num_ctx - prompt_tokens, options.get("num_predict", -1)
         limit = room if predict < 0 else min(predict, room)
         cut = tokens(content) > limit
@@ -249,6 +277,10 @@ class OllamaServer:
             return 500, {
                 "error": f'invalid format: {wanted!r}; expected "json" or a valid JSON Schema object'
             }
+        if re.search(rf'"max(?:Length|Items)": {TOO_LONG_A_BOUND}\b', json.dumps(wanted)):
+            return 400, _of_runner(
+                {"code": 400, "message": "Failed to initialize samplers: failed to parse grammar"}
+            )
         return None
 
 
@@ -370,10 +402,50 @@ class _Handler(BaseHTTPRequestHandler):
                 fault.status, fault.body if fault.body is not None else {"error": "boom"}, fault.headers
             )
             return
-        status, reply = self.server_of.chat(question)
-        if fault.change is not None:
-            reply = fault.change(reply)
-        self._send(status, reply, half=fault.half)
+        with self.server_of.turn:
+            status, reply = self.server_of.chat(question)
+            if fault.change is not None:
+                reply = fault.change(reply)
+            if status == 200 and self.server_of.streams and question.body.get("stream", True) is not False:
+                self._stream(reply, half=fault.half)
+            else:
+                time.sleep(self.server_of.token_s * len(_pieces(reply)))
+                self._send(status, reply, half=fault.half)
+
+    def _stream(self, reply: JsonObject, *, half: bool) -> None:
+        """A line for each token, and the last with the counts; from 30 equal ones on there is nothing more."""
+        server = self.server_of
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        pieces = _pieces(reply)
+        equal, before = 0, ""
+        shared = {"model": reply.get("model"), "created_at": "2026-11-23T14:30:00.000000000Z"}
+        for number, piece in enumerate(pieces):
+            if half and number >= len(pieces) // 2:
+                self.close_connection = True
+                return
+            equal = equal + 1 if piece == before else 1
+            before = piece
+            self._line({**shared, "message": {"role": "assistant", "content": piece}, "done": False})
+            server.tokens_written += 1
+            if equal >= REPEATED and server.loop_breaker:
+                self.wfile.write(b"0\r\n\r\n")
+                return
+            if server.token_s:
+                time.sleep(server.token_s)
+        if half and not pieces:
+            self.close_connection = True
+            return
+        message = reply.get("message")
+        last = {**message, "content": ""} if isinstance(message, dict) else message
+        self._line({**reply, "message": last} if "message" in reply else reply)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _line(self, value: JsonObject) -> None:
+        data = json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def _send(
         self,
@@ -428,6 +500,27 @@ def _number_of(gguf: bytes, key: bytes) -> int:
     found = re.search(re.escape(key) + rb"\x04\0\0\0(.{4})", gguf, re.DOTALL)
     assert found is not None, key
     return int.from_bytes(found[1], "little")
+
+
+def _pieces(reply: JsonObject) -> list[str]:
+    """The tokens of an answer, about."""
+    message = reply.get("message")
+    content = message.get("content") if isinstance(message, dict) else None
+    return re.findall(r"[a-zA-Z]{1,4}|\s+|.", content, re.DOTALL) if isinstance(content, str) else []
+
+
+def _sorted_keys(content: str) -> str:
+    """A JSON answer in the order in which the grammar of its schema has the keys."""
+    try:
+        spaced = (", ", ": ") if '": ' in content else (",", ":")
+        return json.dumps(json.loads(content), ensure_ascii=False, sort_keys=True, separators=spaced)
+    except ValueError:
+        return content
+
+
+def _of_runner(error: JsonObject) -> JsonObject:
+    """What the runner says is handed on as JSON inside a text."""
+    return {"error": json.dumps({"error": error}, separators=(",", ":"))}
 
 
 def _reply(model: str, content: str, prompt_tokens: int, reason: str) -> JsonObject:

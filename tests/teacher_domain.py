@@ -60,7 +60,8 @@ class Gardens(Domain):
 
     def answer(self, facts: Mapping[str, Any], prompt_type: str) -> str:
         if prompt_type == "card":
-            return json.dumps({"name": facts["name"], "year": facts["year"]}, ensure_ascii=False)
+            card = {"name": facts["name"], "year": facts["year"]}
+            return json.dumps(card, ensure_ascii=False, separators=(",", ":"))
         return f"{facts['name']}建于{facts['year']}年。"
 
 

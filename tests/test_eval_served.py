@@ -99,6 +99,32 @@ def test_what_a_student_says_is_what_is_judged(tmp_path: Path, server: OllamaSer
     assert found[3]["metrics"]["finish_reason"] == "length"
 
 
+def test_an_answer_that_the_server_gave_up_is_the_students_own_failure(
+    tmp_path: Path, server: OllamaServer
+) -> None:
+    """After 30 equal tokens the stream ends without `done`: asked once, counted in every figure."""
+    write_test_rows(tmp_path)
+    server.answer = lambda question: "于" * 90 if "第1园" in question.text else right_answer(question)
+    ran = evaluated(tmp_path, server, retries=6)
+    assert len(server.questions) == 6
+    found = {row["meta"]["spot"]: row for row in outputs(tmp_path)}
+    assert (ran.manifests[0].counts["rows"], ran.manifests[0].counts["refused"]) == (6, 0)
+    worst = found["第1园"]
+    assert worst["output"] == "于" * 30
+    assert (worst["metrics"]["finish_reason"], worst["metrics"]["output_tokens"]) == ("repetition", 30)
+    assert worst["metrics"]["char_f1"] < 0.1
+    assert ran.manifests[0].counts["student"]["char_f1"] == pytest.approx(4 / 6, abs=0.04)
+
+
+def test_of_a_served_student_no_loop_is_stopped(tmp_path: Path, server: OllamaServer) -> None:
+    write_test_rows(tmp_path, 1)
+    server.loop_breaker = False
+    server.answer = lambda question: "适合拍照，" * 200
+    evaluated(tmp_path, server, max_new_tokens=600)
+    assert {row["metrics"]["finish_reason"] for row in outputs(tmp_path)} == {"length"}
+    assert len(server.questions) == 2
+
+
 def test_constrained_answers_are_held_to_their_schema_where_the_server_can(
     tmp_path: Path, server: OllamaServer
 ) -> None:

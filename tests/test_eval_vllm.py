@@ -6,6 +6,8 @@ vLLM itself needs a GPU and is not among the pins; its side of the seam is writt
 from __future__ import annotations
 
 import importlib.machinery
+import logging.config
+import os
 import sys
 import types
 from pathlib import Path
@@ -23,29 +25,48 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Engine:
-    """Echoes the number of prompt tokens, as the adapter or as the base."""
+    """Echoes the number of prompt tokens, as the adapter or as the base: one word a step, two rows at once."""
 
     made: ClassVar[list[dict[str, Any]]] = []
-    asked: ClassVar[list[tuple[list[Any], list[Any], Any]]] = []
+    asked: ClassVar[list[tuple[str, Any, Any, Any]]] = []
+    most_in_queue: ClassVar[int] = 0
+    dies_after: ClassVar[int | None] = None
 
     def __init__(self, **options: Any) -> None:
         self.made.append(options)
+        self.queue: dict[str, list[str]] = {}
+        self.steps = 0
+        # What the real one does unless VLLM_CONFIGURE_LOGGING is 0.
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
 
-    def generate(self, prompts: Any, sampling: Any, *, lora_request: Any, use_tqdm: bool) -> list[Any]:
-        self.asked.append((prompts, sampling, lora_request))
+    @property
+    def llm_engine(self) -> Engine:
+        return self
+
+    def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any) -> str:
+        type(self).asked.append((request_id, prompt, params, lora_request))
         who = "student" if lora_request else "base"
-        return [
-            types.SimpleNamespace(
-                outputs=[
-                    types.SimpleNamespace(
-                        text=f"{who} {len(prompt['prompt_token_ids'])}",
-                        finish_reason="stop",
-                        token_ids=[1, 2],
-                    )
-                ]
+        self.queue[request_id] = [who, f" {len(prompt['prompt_token_ids'])}"]
+        type(self).most_in_queue = max(self.most_in_queue, len(self.queue))
+        return f"{request_id}-inner"
+
+    def step(self) -> list[Any]:
+        self.steps += 1
+        if self.steps == 1:
+            return []  # the prompts are read
+        if self.dies_after is not None and self.steps > self.dies_after:
+            raise RuntimeError("the engine died")
+        written = []
+        for request_id in list(self.queue)[:2]:
+            word = self.queue[request_id].pop(0)
+            finished = not self.queue[request_id]
+            if finished:
+                del self.queue[request_id]
+            answer = types.SimpleNamespace(
+                text=word, token_ids=[1], finish_reason="stop" if finished else None
             )
-            for prompt in prompts
-        ]
+            written.append(types.SimpleNamespace(request_id=request_id, outputs=[answer], finished=finished))
+        return written
 
 
 @pytest.fixture
@@ -57,7 +78,10 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
 
     names: dict[str, dict[str, Any]] = {
         "vllm": {"LLM": Engine, "SamplingParams": keep},
-        "vllm.sampling_params": {"StructuredOutputsParams": keep},
+        "vllm.sampling_params": {
+            "StructuredOutputsParams": keep,
+            "RequestOutputKind": types.SimpleNamespace(DELTA="delta"),
+        },
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": lambda *given: given},
     }
@@ -66,7 +90,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__dict__.update(values)
         monkeypatch.setitem(sys.modules, name, module)
-    Engine.made, Engine.asked = [], []
+    monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "")
+    monkeypatch.delenv("VLLM_CONFIGURE_LOGGING")
+    Engine.made, Engine.asked, Engine.most_in_queue, Engine.dies_after = [], [], 0, None
     return Engine
 
 
@@ -91,11 +117,13 @@ def test_the_adapter_is_a_request_over_the_base_and_the_tokens_are_ours(
     (made,) = vllm.made
     assert made["model"] == str(workspace / "base")
     assert (made["enable_lora"], made["max_lora_rank"]) == (True, 8)
-    (_, sampling, of_base), (_, _, of_student) = vllm.asked
-    assert of_base is None
-    assert of_student == ("student", 1, str(workspace / "data" / "checkpoints" / "base-lora"))
+    adapter = ("student", 1, str(workspace / "data" / "checkpoints" / "base-lora"))
+    assert [lora for _, _, _, lora in vllm.asked] == [None] * len(found) + [adapter] * len(found)
+    assert len({number for number, _, _, _ in vllm.asked}) == 2 * len(found)
+    sampling = [params for _, _, params, _ in vllm.asked]
     assert {one.temperature for one in sampling} == {0.0}
     assert {one.structured_outputs for one in sampling} == {None}
+    assert {row["metrics"]["output_tokens"] for row in found} == {2}
     longest = max(row["metrics"]["prompt_tokens"] for row in found)
     assert made["max_model_len"] == longest + sampling[0].max_tokens
 
@@ -109,6 +137,31 @@ def test_a_whole_model_is_asked_as_it_is_and_compared_with_nothing(
     assert read_rows(workspace / "data" / "eval_outputs.jsonl")[0]["output"].startswith("base ")
     with pytest.raises(SettingError, match="compares an adapter with its base"):
         run_stage(evaluate, workspace, backend="vllm", model="base", base_model="base", out="data/x.jsonl")
+
+
+def test_the_log_goes_on_though_the_engine_sets_up_logging_anew(workspace: Path, vllm: type[Engine]) -> None:
+    run_stage(evaluate, workspace, backend="vllm")
+    assert os.environ["VLLM_CONFIGURE_LOGGING"] == "0"
+    log = next((workspace / "log").glob("eval-*.log")).read_text(encoding="utf-8")
+    behind = log.partition("to ask")[2].splitlines()
+    assert any("stop" in line or "char_f1" in line or "rows" in line for line in behind[1:]), log
+
+
+def test_each_answer_is_on_disk_as_it_ends_and_the_next_run_goes_on(
+    workspace: Path, vllm: type[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtgdm.evaluation.vllm_engine.ROWS_AT_ONCE", 4)
+    vllm.dies_after = 5
+    with pytest.raises(RuntimeError, match="the engine died"):
+        run_stage(evaluate, workspace, backend="vllm", split="all", allow_leak=True)
+    finished = read_rows(workspace / "data" / "eval_outputs.jsonl")
+    assert len(finished) == 4
+    assert vllm.most_in_queue == 4
+    asked, vllm.dies_after = len(vllm.asked), None
+    run_stage(evaluate, workspace, backend="vllm", split="all", allow_leak=True)
+    rows = read_rows(workspace / "data" / "eval_outputs.jsonl")
+    assert len(vllm.asked) - asked == len(rows) - 4 > 4
+    assert all(row in rows for row in finished)
 
 
 def test_without_vllm_the_command_that_installs_it_is_told(workspace: Path) -> None:

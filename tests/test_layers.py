@@ -19,6 +19,7 @@ LAYERS = [
         "file_formats",
         "remarks",
         "row_messages",
+        "foreign_rows",
         "rows",
         "row_ids",
         "manifest",
@@ -29,6 +30,7 @@ LAYERS = [
     {
         "stage",
         "estimates",
+        "contracts",
         "domain",
         "profile_yaml",
         "profiles",

@@ -22,6 +22,7 @@ from mtgdm.estimates import Expected, as_json, in_words
 from mtgdm.stage import Context, StageConfig
 from mtgdm.stages.teacher import TeacherConfig
 from mtgdm.teachers import loop
+from mtgdm.teachers import probe as probing
 from mtgdm.teachers.forecast import Answer, hours, output_tokens
 from mtgdm.teachers.seam import Unavailable
 from mtgdm.testing import QuietTerminal
@@ -314,6 +315,27 @@ def test_where_no_question_is_answered_nothing_is_claimed(tmp_path: Path, server
     assert "the prompt is too long" in found["rejected"]
     with pytest.raises(Unavailable, match="the prompt is too long"):
         probe(tmp_path, 8, server)
+
+
+def test_a_probe_ends_in_bounded_time_and_tells_the_speed_of_what_was_written(
+    tmp_path: Path, server: OllamaServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "LONGEST_PROBE_S", 0.6)
+    server.token_s = 0.02
+    server.answer = lambda question: "".join(f"第{number}景。" for number in range(900))
+    write_prompts(tmp_path, 10)
+
+    found = probe(tmp_path, 3, server)
+
+    assert (found["probe"]["asked"], found["probe"]["unfinished"]) == (3, 3)
+    assert (found["hours"], found["rests_on"]) == (None, None)
+    assert 10 < found["probe"]["output_tokens_per_s"] < 200
+
+
+def test_a_probe_tells_how_many_answers_the_server_writes_at_once(tmp_path: Path) -> None:
+    with OllamaServer(right_answer, slots=2, token_s=0.004) as server:
+        write_prompts(tmp_path, 20)
+        assert probe(tmp_path, 16, server, concurrency=6)["probe"]["answers_at_once"] == 2
 
 
 def test_a_probe_of_what_is_all_answered_asks_nothing(tmp_path: Path, server: OllamaServer) -> None:

@@ -163,7 +163,7 @@ class Slow(Backend):
 def test_a_timeout_counts_as_too_much_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "FIRST_PAUSE_S", 0.02)
     prompts = write_lines(tmp_path / "prompts.jsonl", *prompt_rows(20))
-    settings = TeacherSettings(backend="slow", concurrency=12, timeout_s=0.2)
+    settings = TeacherSettings(backend="slow", concurrency=12, timeout_s=0.2, first_token_timeout_s=0.2)
     backend = Slow(settings, Gardens())
     outcomes: list[loop.Outcome] = []
     asking = loop.Loop([backend], settings, Judge(Gardens()))
@@ -315,7 +315,7 @@ def test_a_server_that_hangs_from_the_start_is_not_waited_for_again_and_again(
     server.fault = lambda question: Fault(hang_s=0.6)
     write_prompts(tmp_path, 20)
     with pytest.raises(UserError, match=r"5 rows failed .* and none was answered: no answer within 0.3 s"):
-        ask(tmp_path, server.url, timeout_s=0.3)
+        ask(tmp_path, server.url, timeout_s=0.3, first_token_timeout_s=0.3)
     assert {question.times for question in server.questions} == {0, 1}
 
 

@@ -103,12 +103,12 @@ def ask(workspace: Path, server: OllamaServer, **settings: Any) -> Any:
         (b"\0" * 512, "not JSON"),
         (b'{"n": ' + b"9" * 5000 + b"}", "a number of more digits than Python reads"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"[1]", "not a JSON object but list"),
-        (b'{"messages": []}', "`messages` is missing, empty or no list"),
-        (b'{"messages": [{"role": "tool", "content": "x"}]}', "a message needs `role`"),
-        (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "a text `content`"),
+        (b"[1]", "not a JSON object but an array"),
+        (b'{"messages": []}', "`messages` is empty"),
+        (b'{"messages": [{"role": "tool", "content": "x"}]}', "message 1 has the role `tool`"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "the `content` of message 1 holds a part"),
         (b'{"messages": [{"role": "system", "content": "x"}]}', "`messages` holds no user turn"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "meta": 5}', "`meta` is no object but int"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "meta": 5}', "`meta` is no object but a number"),
     ],
     ids=[
         "torn", "GBK", "zeros", "digits", "depth", "a list", "no messages", "role", "content", "no user", "meta",
@@ -203,7 +203,8 @@ def test_a_server_that_only_fails_is_said_with_its_reason_and_rejects_no_row(
     write_prompts(tmp_path, 20)
 
     with pytest.raises(UserError, match="rows failed in the same way and none was answered") as error:
-        ask(tmp_path, server, timeout_s=0.05 if fault.hang_s else 600.0)
+        limit_s = 0.05 if fault.hang_s else 600.0
+        ask(tmp_path, server, timeout_s=limit_s, first_token_timeout_s=limit_s)
 
     assert reason in error.value.message
     assert error.value.hint
@@ -321,7 +322,7 @@ def test_a_folder_that_may_not_be_written_is_said_before_anything_is_asked(
     [
         (b'{"id": "0123456789abcdef01234567", "mess', "not JSON"),
         (b"\0" * 512, "not JSON"),
-        (b"12", "not a JSON object but int"),
+        (b"12", "not a JSON object but a number"),
         (json.dumps(prompt_rows(9)[-1]).encode(), "the row has no answer"),
     ],
     ids=["torn in the middle", "zeros", "a number", "a prompt"],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mtgdm.contracts import schema_of
 from mtgdm.errors import SettingError, UserError
 from mtgdm.rows import Row
 from mtgdm.teachers import loop
@@ -90,9 +91,9 @@ def test_nothing_is_left_to_the_servers_defaults(tmp_path: Path, server: OllamaS
     card, note = sorted(
         (question.body for question in server.questions), key=lambda body: "format" not in body
     )
-    assert card["format"] == Card.model_json_schema()
+    assert card["format"] == schema_of(Card)
     assert "format" not in note
-    assert (card["stream"], card["think"], card["truncate"], card["shift"]) == (False, False, False, False)
+    assert (card["stream"], card["think"], card["truncate"], card["shift"]) == (True, False, False, False)
     assert card["keep_alive"] == "30m"
     options = card["options"]
     assert options.pop("num_ctx") == 2048  # a short prompt, two answers of 500 tokens, rounded up
@@ -142,7 +143,7 @@ def test_thoughts_and_fences_are_taken_off(tmp_path: Path, server: OllamaServer)
     ask(tmp_path, server)
 
     answers = [row["messages"][-1]["content"] for row in kept(tmp_path)]
-    assert answers == ['{"name": "第0园", "year": 1100}', "第0园建于1100年。"]
+    assert answers == ['{"name":"第0园","year":1100}', "第0园建于1100年。"]
 
 
 def test_a_model_that_knows_no_think_key_is_asked_without(tmp_path: Path, server: OllamaServer) -> None:
@@ -405,7 +406,7 @@ def test_a_failure_that_passes_costs_a_second_try_and_no_row(
     server.fault = once(fault)
     write_prompts(tmp_path, 2)
 
-    ask(tmp_path, server, timeout_s=0.5)
+    ask(tmp_path, server, timeout_s=0.5, first_token_timeout_s=0.5)
 
     rows = kept(tmp_path)
     assert len(rows) == 4
@@ -502,9 +503,7 @@ def test_a_question_the_server_refuses_is_asked_once(tmp_path: Path, server: Oll
 def test_an_invalid_answer_is_repaired_in_a_second_turn(tmp_path: Path, server: OllamaServer) -> None:
     def answer(question: Question) -> str:
         right = right_answer(question)
-        return (
-            right if len(question.body["messages"]) > 2 else right.replace('"year": 1100', '"year": "1100"')
-        )
+        return right if len(question.body["messages"]) > 2 else right.replace('"year":1100', '"year":"1100"')
 
     server.answer = answer
     write_prompts(tmp_path, 1, types=["card"])
@@ -512,7 +511,7 @@ def test_an_invalid_answer_is_repaired_in_a_second_turn(tmp_path: Path, server: 
     ask(tmp_path, server)
 
     (row,) = kept(tmp_path)
-    assert row["messages"][-1]["content"] == '{"name": "第0园", "year": 1100}'
+    assert row["messages"][-1]["content"] == '{"name":"第0园","year":1100}'
     assert len(row["messages"]) == 3
     assert (row["meta"]["teacher"]["attempts"], row["meta"]["teacher"]["repaired"]) == (2, True)
     shown, said = server.questions[1].body["messages"][2:]
@@ -534,10 +533,12 @@ def test_an_answer_that_stays_invalid_is_put_aside(tmp_path: Path, server: Ollam
 
 
 def test_a_cut_answer_is_asked_for_again_shorter_and_never_kept(tmp_path: Path, server: OllamaServer) -> None:
+    long = "".join(f"第{number}段。" for number in range(300))
+
     def answer(question: Question) -> str:
         if "第1园" in question.text:
-            return "长" * 1000 + "。"
-        return right_answer(question) if "be brief" in question.text else "长" * 1000 + "。"
+            return long
+        return right_answer(question) if "be brief" in question.text else long
 
     server.answer = answer
     write_prompts(tmp_path, 2, types=["note"])
@@ -560,7 +561,7 @@ def test_a_prompt_that_does_not_fit_is_refused_by_the_server_not_cut(
     ask(tmp_path, server, num_ctx=1024)
 
     assert len(kept(tmp_path)) == 1
-    assert "longer than the context length" in reasons(tmp_path)[0]
+    assert "exceeds the available context size (1024 tokens)" in reasons(tmp_path)[0]
 
 
 def test_a_prompt_cut_by_an_old_server_is_noticed(tmp_path: Path, server: OllamaServer) -> None:

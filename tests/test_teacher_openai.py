@@ -15,6 +15,7 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
+from mtgdm.contracts import schema_of
 from mtgdm.errors import SettingError
 from mtgdm.rows import Row
 from mtgdm.teachers.openai import OpenAI
@@ -77,12 +78,13 @@ def test_a_question_names_everything_that_shapes_the_answer(monkeypatch: pytest.
     assert str(request.url) == "http://host:8000/v1/chat/completions"
     assert request.headers["Authorization"] == f"Bearer {KEY}"
     body = json.loads(request.content)
-    assert body["response_format"]["json_schema"]["schema"] == Contract.model_json_schema()
+    assert body["response_format"]["json_schema"]["schema"] == schema_of(Contract)
     del body["response_format"]
     assert body == {
         "model": "qwen",
         "messages": MESSAGES,
-        "stream": False,
+        "stream": True,
+        "stream_options": {"include_usage": True},
         "max_tokens": 512,
         "temperature": 0.3,
         "top_p": 0.9,
@@ -139,7 +141,7 @@ def test_a_model_that_calls_the_limit_otherwise_gets_it_under_that_name() -> Non
     assert asked[1]["response_format"] == asked[0]["response_format"]
 
 
-def test_what_is_refused_is_left_out_where_that_changes_nothing_that_was_asked_for() -> None:
+def test_what_is_refused_is_left_out() -> None:
     respond, asked = refusing(
         temperature="Unsupported value: 'temperature' does not support 1 with this model.",
         top_p="Unsupported parameter: 'top_p' is not supported with this model.",
@@ -147,18 +149,22 @@ def test_what_is_refused_is_left_out_where_that_changes_nothing_that_was_asked_f
     )
     assert ask(respond, temperature=1.0, top_p=1.0).text == '{"name": "西湖"}'
     assert len(asked) == 4
-    assert asked[-1].keys() == {"model", "messages", "stream", "max_tokens", "response_format"}
+    assert asked[-1].keys() == {
+        "model",
+        "messages",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "response_format",
+    }
 
 
-@pytest.mark.parametrize(("key", "hint"), [("temperature", "--temperature 1"), ("top_p", "--top-p 1")])
-def test_a_sampling_that_the_model_does_not_take_is_said_rather_than_dropped(key: str, hint: str) -> None:
-    words = (
-        f"Unsupported value: '{key}' does not support this value. Only the default (1) value is supported."
-    )
-    respond, asked = refusing(**{key: words})
-    with pytest.raises(Unavailable, match=f"takes no {key} of 0.[39]: Unsupported value") as caught:
-        ask(respond)
-    assert caught.value.hint == hint
+def test_a_greedy_answer_that_the_model_does_not_give_is_said_rather_than_dropped() -> None:
+    words = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
+    respond, asked = refusing(temperature=words)
+    with pytest.raises(Unavailable, match="takes no temperature of 0: Unsupported value") as caught:
+        ask(respond, temperature=0.0)
+    assert caught.value.hint == "--temperature 1"
     assert len(asked) == 1
 
 

@@ -1,4 +1,4 @@
-"""Bounds on tokens, and what is taken off an answer."""
+"""Bounds on the tokens of a text, for vocabularies that are not known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 
-from mtgdm.teachers.cleaning import cleaned
 from mtgdm.teachers.tokens import (
     PromptCounts,
     at_least,
@@ -97,26 +96,3 @@ def test_the_bound_for_every_vocabulary_holds_from_the_first_prompt() -> None:
 def test_the_context_holds_a_prompt_an_answer_and_its_repair() -> None:
     assert context_size(1000, 3000) == 8192
     assert context_size(1000, 10) % 1024 == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "is_json", "left"),
-    [
-        ("  a \n", False, "a"),
-        ("<think>x</think>a", False, "a"),
-        ("\n<think>\nx\n</think>\n\na", False, "a"),
-        ("x\n</think>\na", False, "a"),
-        ("<think>never ends", False, ""),
-        ("a <think> b", False, "a <think> b"),
-        ("a <think>b</think> c", False, "a <think>b</think> c"),
-        ("```json\n{}\n```", True, "{}"),
-        ("```\n{}\n```", True, "{}"),
-        ("```json\r\n{}\r\n```\n", True, "{}"),
-        ("<think>x</think>\n```json\n{}\n```", True, "{}"),
-        ("Here: ```json\n{}\n```", True, "Here: ```json\n{}\n```"),
-        ("```json\n{}\n```", False, "```json\n{}\n```"),
-        ('{"a": "```"}', True, '{"a": "```"}'),
-    ],
-)
-def test_an_answer_is_left_without_thoughts_and_fence(text: str, is_json: bool, left: str) -> None:
-    assert cleaned(text, is_json=is_json) == left

@@ -164,6 +164,7 @@ class PairwiseJudge:
                 say=context.log.info,
                 warn=context.warn,
             )
+            bar.live = loop.notes
             with in_words_of("judge"):
                 asyncio.run(loop.run(iter(missing), record))
         if lost:

@@ -199,6 +199,7 @@ class Evaluation:
         total = len(missing) * (2 if self._compare else 1)
         self._context.log.info("%s: %d rows, %d of them to ask", self._label, len(self._wanted), len(missing))
         with self._context.progress(total, "answers" if self._compare else "rows") as bar:
+            bar.live = self._student.notes
             of_base = self._ask_base(missing, bar) if self._compare else {}
             missing = [row for row in missing if row.id not in self._refused]
             started, self._tokens = time.monotonic(), 0

@@ -89,6 +89,7 @@ class Served(Student):
         self.base_identity = {}  # a server tells no more of it than its name
         self.max_new_tokens = settings.max_tokens
         self._unconstrained = False
+        self._loop: Loop | None = None
 
     def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
         """Ask over the request loop of the teacher: retries, several addresses, fewer where the server is busy."""
@@ -122,9 +123,13 @@ class Served(Student):
 
     def _run(self, rows: Sequence[Row], record: Callable[[Outcome], None], *, base: bool) -> None:
         asked = self._backends(self.base_name if base else None)
-        loop = Loop(asked, self._settings, self._standard, say=self._say, warn=self._warn)
+        self._loop = loop = Loop(asked, self._settings, self._standard, say=self._say, warn=self._warn)
         asyncio.run(loop.run(map(self._as_sent, rows), record))
         self._unconstrained |= self._constrained and not all(one.holds_to_schema for one in asked)
+
+    def notes(self) -> list[str]:
+        """How many rows are in flight, and how much of their answers is written."""
+        return [] if self._loop is None else self._loop.flight_notes()
 
     def remarks(self) -> Iterator[str]:
         """Whether the server took the schemas after all."""

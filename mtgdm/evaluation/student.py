@@ -78,6 +78,10 @@ class Student(ABC):
     def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
         """Ask for every row; `base` asks the base model. The base is asked before the student."""
 
+    def notes(self) -> list[str]:
+        """What is going on just now, for the progress."""
+        return []
+
     def remarks(self) -> Iterator[str]:
         """What the user should know of how it was asked, after it was."""
         return iter(())

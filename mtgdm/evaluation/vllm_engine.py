@@ -5,12 +5,16 @@ Prompts are made into tokens here, as for every other local student, so that the
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtgdm.contracts import schema_of
 from mtgdm.errors import SettingError, UserError
 from mtgdm.evaluation.local import Weights
 from mtgdm.evaluation.student import Keep, Refuse, Reply, Student, answer_limit, prompt_ids
@@ -20,9 +24,27 @@ if TYPE_CHECKING:
     from mtgdm.rows import Row
 
 ROWS_AT_ONCE = 256
-"""So many rows are handed over together: vLLM keeps its own batches full, and a kill loses these at most."""
+"""So many rows are in vLLM's queue at most: it keeps its own batches full, and a kill loses these at most."""
 SMALLEST_RANK = 8
 """vLLM knows ranks from 8 on, each twice the one before; an adapter of a lower one fits into it."""
+
+
+@dataclass
+class _Asked:
+    """A row that is being answered."""
+
+    row: Row
+    texts: list[str] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    """Its share of the engine's steps: their shares add up to the time of the run."""
+
+    def add(self, output: Any, seconds: float) -> None:
+        """What one step has written, and the share of its time."""
+        answer = output.outputs[0]
+        self.texts.append(answer.text)
+        self.tokens += len(answer.token_ids)
+        self.seconds += seconds
 
 
 class Vllm(Student):
@@ -69,6 +91,8 @@ class Vllm(Student):
         self._load_in_4bit = load_in_4bit
         self._constrained = constrained
         self._engine: Any = None
+        self._numbers = 0
+        self._in_flight: dict[str, _Asked] = {}
         self.identity = {
             "engine": "vllm",
             "weights": self.weights.states,
@@ -79,37 +103,58 @@ class Vllm(Student):
         self.base_identity = self.weights.base_states
 
     def ask(self, rows: Sequence[Row], keep: Keep, refuse: Refuse, *, base: bool = False) -> None:
-        """Hand the rows over a few hundred at a time."""
+        """Ask for every row, some hundreds in flight; each answer is kept as it ends."""
+        # vLLM sets up logging as it is imported, and its way of doing so closes the files of everybody else.
+        os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
         from vllm.lora.request import LoRARequest
 
         if self._engine is None:
-            self._engine = self._load()
+            self._engine = self._load().llm_engine
         adapter = (
             LoRARequest("student", 1, self.weights.source) if self.weights.is_adapter and not base else None
         )
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            batch = rows[start : start + ROWS_AT_ONCE]
-            started = time.perf_counter()
-            written = self._engine.generate(
-                [{"prompt_token_ids": self._prompts[row.id]} for row in batch],
-                [self._sampling(row) for row in batch],
-                lora_request=adapter,
-                use_tqdm=False,
-            )
-            seconds = (time.perf_counter() - started) / len(batch)
-            for row, output in zip(batch, written, strict=True):
-                answer = output.outputs[0]
-                keep(
-                    row,
-                    Reply(
-                        answer.text,
-                        answer.finish_reason or "unknown",
-                        len(self._prompts[row.id]),
-                        len(answer.token_ids),
-                        seconds,
-                        len(batch),
-                    ),
-                )
+        engine, waiting = self._engine, iter(rows)
+        in_flight: dict[str, _Asked] = {}
+        self._in_flight = in_flight
+        since = time.perf_counter()
+        while True:
+            for row in islice(waiting, ROWS_AT_ONCE - len(in_flight)):
+                self._numbers += 1
+                in_flight[str(self._numbers)] = _Asked(row)
+                # With its type it is what the engine itself works on; without, newer versions warn of it.
+                prompt = {"type": "token", "prompt_token_ids": self._prompts[row.id]}
+                engine.add_request(str(self._numbers), prompt, self._sampling(row), lora_request=adapter)
+            if not in_flight:
+                return
+            written = engine.step()
+            now = time.perf_counter()
+            for output in written:
+                asked = in_flight[output.request_id]
+                asked.add(output, (now - since) / len(written))
+                if output.finished:
+                    del in_flight[output.request_id]
+                    self._keep(asked, output, keep)
+            since = now if written else since
+
+    def notes(self) -> list[str]:
+        """How many rows are in flight, and how much of their answers is written."""
+        asked = tuple(self._in_flight.values())
+        if not asked:
+            return ["the model is being loaded"] if self._engine is None else []
+        return [f"{len(asked):,} in flight with {sum(one.tokens for one in asked):,} tokens so far"]
+
+    def _keep(self, asked: _Asked, output: Any, keep: Keep) -> None:
+        keep(
+            asked.row,
+            Reply(
+                "".join(asked.texts),
+                output.outputs[0].finish_reason or "unknown",
+                len(self._prompts[asked.row.id]),
+                asked.tokens,
+                asked.seconds,
+                ROWS_AT_ONCE,
+            ),
+        )
 
     def _load(self) -> Any:
         from vllm import LLM
@@ -129,15 +174,16 @@ class Vllm(Student):
 
     def _sampling(self, row: Row) -> Any:
         from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         contract = self._domain.contract(row.type) if self._constrained and row.type is not None else None
-        schema = None if contract is None else StructuredOutputsParams(json=contract.model_json_schema())
+        schema = None if contract is None else StructuredOutputsParams(json=schema_of(contract))
         return SamplingParams(
             temperature=0.0,
             max_tokens=self.max_new_tokens,
             stop_token_ids=[self._end_of_turn],
             structured_outputs=schema,
+            output_kind=RequestOutputKind.DELTA,
         )
 
 

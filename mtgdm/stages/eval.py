@@ -16,6 +16,7 @@ from mtgdm.checkpoints import chosen_checkpoint, newest_checkpoint
 from mtgdm.errors import BadRow, SettingError, UserError
 from mtgdm.rows import Row
 from mtgdm.stage import Context, Flag, Input, Output, Result, Runtime, StageConfig, stage
+from mtgdm.teachers.seam import JsonObject
 from mtgdm.terminal import counted
 
 if TYPE_CHECKING:
@@ -79,8 +80,16 @@ class EvalConfig(StageConfig):
     """Layers Ollama puts on the GPU: 999 is all, 0 none, -1 as Ollama sees fit."""
     num_ctx: Annotated[int, Runtime()] = Field(0, ge=0)
     """Context of the server in tokens; 0 sizes it from the longest prompt and the answer."""
-    timeout_s: Annotated[float, Runtime()] = Field(600.0, gt=0)
-    """How long one answer of a server may take."""
+    extra_body: Annotated[JsonObject, Flag(json=True)] = Field(default_factory=dict)
+    """More keys for each request to a server, as JSON: {"chat_template_kwargs": {"enable_thinking": false}}."""
+    stream: Annotated[bool, Runtime()] = True
+    """Read answers of a server as they are written."""
+    timeout_s: Annotated[float, Runtime(), Flag(also=("timeout",))] = Field(120.0, gt=0)
+    """How long a server may write nothing once an answer has begun."""
+    first_token_timeout_s: Annotated[float, Runtime()] = Field(600.0, gt=0)
+    """How long the first token of a server may take: it may queue the request, or load its model first."""
+    deadline_s: Annotated[float, Runtime(), Flag(also=("deadline",))] = Field(0.0, ge=0)
+    """How long one answer of a server may take in all; 0 sets no limit."""
     concurrency: Annotated[int, Runtime()] = Field(4, ge=1)
     """Questions in flight at a server, at most."""
     retries: Annotated[int, Runtime()] = Field(6, ge=0)
@@ -89,6 +98,8 @@ class EvalConfig(StageConfig):
     """A model that says of each pair of answers which is better; by default none is asked."""
     judge_backend: str = "ollama"
     """Where the judge runs: ollama, openai, or another teacher backend."""
+    judge_extra_body: Annotated[JsonObject, Flag(json=True)] = Field(default_factory=dict)
+    """More keys for each request to the judge, as JSON."""
     judge_url: Annotated[list[str], Runtime()] = Field(["http://localhost:11434"], min_length=1)
     """Where the judge's server listens."""
     checkpoints: Annotated[Path, Flag(hidden=True)] = Path("data/checkpoints")
@@ -373,7 +384,7 @@ def _student(
     if trained is not None and config.prompt_check and wanted:
         _check_first_prompt(wanted[0], trained, config, context)
     return Served(
-        _server(config, config.backend, config.model, config.url, limit),
+        _server(config, config.backend, config.model, config.url, limit, config.extra_body),
         wanted,
         context.domain,
         base_model=config.base_model,
@@ -416,7 +427,12 @@ def _check_first_prompt(row: Row, trained: Training, config: EvalConfig, context
 
 
 def _server(
-    config: EvalConfig, backend: str, model: str | None, url: list[str], max_tokens: int
+    config: EvalConfig,
+    backend: str,
+    model: str | None,
+    url: list[str],
+    max_tokens: int,
+    extra_body: dict[str, Any],
 ) -> TeacherSettings:
     """How a server is asked: always for the likeliest token, so that a run can be repeated."""
     from mtgdm.teachers.seam import TeacherSettings
@@ -433,7 +449,11 @@ def _server(
         temperature=0,
         top_p=1,
         max_tokens=max_tokens,
+        extra_body=extra_body,
+        stream=config.stream,
         timeout_s=config.timeout_s,
+        first_token_timeout_s=config.first_token_timeout_s,
+        deadline_s=config.deadline_s,
         concurrency=config.concurrency,
         retries=config.retries,
     )
@@ -459,7 +479,14 @@ def _judge(config: EvalConfig, context: Context) -> PairwiseJudge:
     """The judge, which is there: it is asked last, and hours of answers come before that."""
     from mtgdm.evaluation.pairwise import MAX_TOKENS, PairwiseJudge, cache_path
 
-    settings = _server(config, config.judge_backend, config.judge_model, config.judge_url, MAX_TOKENS)
+    settings = _server(
+        config,
+        config.judge_backend,
+        config.judge_model,
+        config.judge_url,
+        MAX_TOKENS,
+        config.judge_extra_body,
+    )
     judge = PairwiseJudge(settings, context, cache_path(config.out))
     judge.check()
     return judge

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -76,12 +76,14 @@ def run(config: PromptsConfig, context: Context) -> Result:
     from mtgdm.row_ids import IdSet
 
     counts: Counter[str] = Counter()
+    unread = _Unread(context)
     seen = IdSet()
     longest = 0
     splits: dict[str, rows.Split] = {}
     with rows.replace(config.out) as file, context.progress(config.limit or None, "spots") as bar:
         for record in _limited(context.domain.read(config.spots, on_bad), config.limit):
             counts["spots"] += 1
+            unread.add(record.unread)
             split = rows.split_of(
                 record.name, seed=config.seed, val_ratio=config.val_ratio, test_ratio=config.test_ratio
             )
@@ -107,6 +109,7 @@ def run(config: PromptsConfig, context: Context) -> Result:
         if not counts["prompts"]:
             reason = "no line could be used" if skipped else "there is no record in this file"
             raise UserError(reason, where=config.spots)
+    unread.warn()
     _warn_of_near_names(splits, context)
     if len(skipped) > SHOWN_BAD_LINES:
         context.terminal.warn(
@@ -121,10 +124,40 @@ def run(config: PromptsConfig, context: Context) -> Result:
             "test": counts["test"],
             "duplicates": counts["duplicates"],
             "skipped": len(skipped),
+            "unread": unread.fields,
             LONGEST_PROMPT: longest,
         },
         summary=_summary(counts, len(skipped)),
     )
+
+
+class _Unread:
+    """Optional fields that could not be read: their records are kept without them."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._first: BadRow | None = None
+        self._records = 0
+        self.fields = 0
+
+    def add(self, unread: Sequence[BadRow]) -> None:
+        """Count those of one record."""
+        for bad in unread:
+            self._context.log.warning("left out: %s", bad)
+        if unread:
+            self._first = self._first or unread[0]
+            self._records += 1
+            self.fields += len(unread)
+
+    def warn(self) -> None:
+        """Say once how many there were."""
+        if self._first is None:
+            return
+        more = "" if self.fields == 1 else f" (all are in {self._context.log_path('.log')})"
+        self._context.terminal.warn(
+            f"{self.fields:,} fields of {self._records:,} records could not be read and were left out, "
+            f"the first: {self._first}{more}"
+        )
 
 
 def _limited(records: Iterator[Record], limit: int) -> Iterator[Record]:

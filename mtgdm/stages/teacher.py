@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -47,15 +46,20 @@ class TeacherConfig(TeacherSettings):
     """Reject answers that tell less than this share of their record's facts; 0 keeps them all."""
     max_unsupported: int | None = Field(None, ge=0)
     """Reject answers with more claims than this that their record does not support; by default none is rejected."""
+    samples: int = Field(1, ge=1, le=64)
+    """Answers a prompt; the one that passes best is kept, the others go to FILE.samples.jsonl."""
+    json_form: Literal["compact", "as_answered"] = "compact"
+    """How JSON answers are kept: keys in the contract's order and no white space, or as the model wrote them."""
     strict: bool = False
     """End with exit code 1 when any row is rejected."""
 
     def outputs(self) -> list[Path]:
-        """The kept rows, and the rejected ones where there are any."""
+        """The kept rows; the rejected ones and the samples not chosen, where there are any."""
         from mtgdm.teachers.ledger import rejected_path
+        from mtgdm.teachers.samples import samples_path
 
-        rejected = rejected_path(self.out)
-        return [self.out, rejected] if rejected.exists() else [self.out]
+        others = (rejected_path(self.out), samples_path(self.out))
+        return [self.out, *(path for path in others if path.exists())]
 
     def finished(self) -> tuple[int, int] | None:
         """Rows done of rows, by counting lines."""
@@ -71,25 +75,30 @@ class TeacherConfig(TeacherSettings):
     def estimate(self) -> dict[str, Any]:
         """Rows to ask and the tokens of their prompts; tokens and hours of the answers from rows that are there."""
         from mtgdm.teachers.probe import estimated
+        from mtgdm.teachers.samples import times
 
         work = self._work()
-        return estimated(work, self, self.out) if work else {}
+        return times(estimated(work, self, self.out), self.samples) if work else {}
 
     def probe(self, count: int, context: Context) -> dict[str, Any]:
         """The same from `count` rows that are asked now; their answers are thrown away."""
         from mtgdm.teachers.probe import probed
+        from mtgdm.teachers.samples import times
 
         work = self._work()
         if work is None or not work.to_ask:
             return self.estimate()
-        return probed(work, self, self.judge(context), count, context)
+        return times(probed(work, self, self.judge(context), count, context), self.samples)
 
     def judge(self, context: Context) -> Judge:
         """What decides over each answer."""
         from mtgdm.teachers.judgement import Judge
 
         return Judge(
-            context.domain, min_fact_recall=self.min_fact_recall, max_unsupported=self.max_unsupported
+            context.domain,
+            min_fact_recall=self.min_fact_recall,
+            max_unsupported=self.max_unsupported,
+            json_form=self.json_form,
         )
 
     def _work(self) -> Work | None:
@@ -127,6 +136,10 @@ def run(config: TeacherConfig, context: Context) -> Result:
     if not config.num_ctx:
         sized = context_size(prompts.longest_tokens, config.max_tokens)
         settings = config.model_copy(update={"num_ctx": sized})
+    if config.samples > 1:
+        from mtgdm.teachers.samples import sampling
+
+        teacher = sampling(teacher, settings, config.samples)
     asked = backends(teacher, settings, context.domain)
     backend = asked[0]
     judge = config.judge(context)
@@ -135,7 +148,8 @@ def run(config: TeacherConfig, context: Context) -> Result:
             ledger.verify(prompts)
         reasons = _ask(config, context, prompts, asked, judge, ledger)
         settled = ledger.settle(prompts, judge)
-    return _report(config, context, prompts, backend, ledger, settled, reasons)
+    adjusted = {one.place: one.adjustments for one in asked if one.adjustments}
+    return _report(config, context, prompts, backend, ledger, settled, reasons, adjusted)
 
 
 def _ask(
@@ -158,8 +172,9 @@ def _ask(
     import asyncio
 
     from mtgdm.teachers.loop import Loop
+    from mtgdm.teachers.samples import Samples, each_sampled
 
-    kept = rejected = tokens = again = 0
+    kept = rejected = again = 0
     backend, log = asked[0], context.log
     log.info(
         "%s %s, fingerprint %s, num_ctx %d: %d prompts, %d done",
@@ -170,19 +185,24 @@ def _ask(
         prompts.asked,
         done.sum(),
     )
-    with context.progress(prompts.asked, "rows", done=int(done.sum())) as bar:
+    with (
+        context.progress(prompts.asked, "rows", done=int(done.sum())) as bar,
+        Samples(config.samples, config.out, judge, overwrite=config.overwrite) as samples,
+    ):
 
-        def record(outcome: Outcome) -> None:
-            nonlocal kept, rejected, tokens
+        def record(one: Outcome) -> None:
+            nonlocal kept, rejected
+            log.info("%s", _line(one))
+            outcome = samples.settled(one)
+            if outcome is None:
+                return
             if outcome.reason is None:
-                ledger.keep(_kept(outcome, backend))
+                ledger.keep(_kept(outcome, backend, judge))
                 kept += 1
             else:
                 ledger.reject(_rejected(outcome, backend))
                 rejected += 1
                 reasons[_printable(re.sub(r"\d+", "…", outcome.reason))] += 1
-            tokens += (outcome.completion.output_tokens or 0) if outcome.completion else 0
-            log.info("%s", _line(outcome))
             bar.advance()
             bar.note(told())
 
@@ -193,16 +213,8 @@ def _ask(
             bar.note(told())
 
         def told() -> str:
-            parts = [f"{kept:,} kept, {rejected:,} rejected"]
-            if tokens:
-                parts.append(f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
-            if loop.in_flight:
-                parts.append(f"{loop.in_flight} in flight")
-            if again:
-                parts.append(f"{again:,} asked again")
-            return " · ".join(parts)
+            return f"{kept:,} kept, {rejected:,} rejected" + (f" · {again:,} asked again" if again else "")
 
-        started = time.monotonic()
         loop = Loop(
             asked,
             backend.settings,
@@ -211,14 +223,16 @@ def _ask(
             say=say,
             warn=lambda text: context.warn(_printable(text)),
         )
-        asyncio.run(loop.run(prompts.rows(~done), record))
+        bar.live = loop.notes
+        rows = prompts.rows(~done)
+        asyncio.run(loop.run(each_sampled(rows, config.samples) if config.samples > 1 else rows, record))
     return reasons
 
 
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def _kept(outcome: Outcome, backend: Backend) -> dict[str, Any]:
+def _kept(outcome: Outcome, backend: Backend, judge: Judge) -> dict[str, Any]:
     from mtgdm.teachers.judgement import facts_json
 
     row, completion = outcome.row, outcome.completion
@@ -234,11 +248,12 @@ def _kept(outcome: Outcome, backend: Backend) -> dict[str, Any]:
         "seconds": completion.seconds,
         "attempts": outcome.attempts,
         "repaired": outcome.repaired,
+        **({"adjusted": completion.adjusted} if completion.adjusted else {}),
         "facts": facts_json(outcome.facts),
     }
     return {
         "id": row.id,
-        "messages": [*row.prompt, {"role": "assistant", "content": outcome.text}],
+        "messages": [*row.prompt, {"role": "assistant", "content": judge.kept_text(row, outcome.text)}],
         "meta": {**row.meta, "teacher": teacher},
         **row.rest,
     }
@@ -289,6 +304,7 @@ def _report(
     ledger: Ledger,
     settled: Settled,
     reasons: Counter[str],
+    adjusted: dict[str, list[str]],
 ) -> Result:
     answered = prompts.among(ledger.kept_ids)
     kept = int(answered.sum())
@@ -322,6 +338,7 @@ def _report(
             "rejected": rejected,
             "duplicates": prompts.duplicates,
             "stale": settled.moved,
+            **({"adjusted": adjusted} if adjusted else {}),
         },
         summary=summary,
     )
@@ -344,6 +361,11 @@ def _say_what_was_settled(context: Context, prompts: Prompts, ledger: Ledger, se
     if settled.refreshed:
         context.print(
             f"{settled.refreshed:,} answers took over the changed meta (split, record) of their prompts"
+        )
+    if settled.compacted:
+        context.print(
+            f"{settled.compacted:,} answers of earlier runs were brought into one JSON form; "
+            "`json_form: as_answered` leaves them as they came"
         )
 
 

@@ -4,56 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
+import os
+import ssl
 import urllib.request
 from abc import ABC, abstractmethod
 from base64 import b64encode
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cache
+from pathlib import Path
 
-import h11
 import httpx
 
 from mtgdm.errors import SettingError
+from mtgdm.manifest import without_password
+from mtgdm.teachers.http import BodyReader, Connection, NotHttp, Reply, most_bytes, whole_reply
 from mtgdm.teachers.seam import Retryable
 
+__all__ = ["BodyReader", "Connections", "Direct", "Reply", "ThroughHttpx", "connections_to", "proxy_to"]
+
 CONNECT_TIMEOUT_S = 10.0
-READ_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a server sent back; the names of the headers are in lower case."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    secret: str = field(default="", repr=False)
-    """What no message about this reply may show, though some servers repeat the key that they refuse."""
-
-    @cached_property
-    def text(self) -> str:
-        """The body as text, whatever it is."""
-        return self.body.decode("utf-8", "replace")
-
-    def json(self) -> Any:
-        """The body's JSON; ValueError where it is none, invalid UTF-8 included."""
-        try:
-            return json.loads(self.body)
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
 
 
 class Connections(ABC):
     """A way to a server, used by several tasks at once."""
 
     @abstractmethod
-    async def send(self, method: str, path: str, body: bytes | None = None) -> Reply:
+    async def send(
+        self, method: str, path: str, body: bytes | None = None, reader: BodyReader | None = None
+    ) -> Reply:
         """One request, without a limit of time; Retryable where no whole reply comes.
 
-        `path` goes behind the path of the server's address.
+        `path` goes behind the path of the server's address. A `reader` that takes the body gets it piece by piece,
+        and the Reply then has none.
         """
 
     @abstractmethod
@@ -80,6 +61,36 @@ def proxy_to(url: httpx.URL) -> str | None:
     return proxy if not proxy or "://" in proxy else f"http://{proxy}"
 
 
+def _said_of_proxy(url: httpx.URL) -> str:
+    """The variable of the environment that names the proxy of a server, and its value without a password."""
+    names = (f"{kind}_proxy" for kind in (url.scheme, "all"))
+    for name in (spelled for one in names for spelled in (one, one.upper())):
+        if value := os.environ.get(name):
+            return f"{name}={without_password(value)}"
+    return "the system's settings"
+
+
+def tls_context() -> ssl.SSLContext:
+    """What certificates are checked with; SettingError where the environment names some that cannot be read."""
+    for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        named = os.environ.get(variable)
+        if named and not Path(named).exists():
+            raise SettingError(
+                f"the environment variable {variable} names {named}, which is not there",
+                hint=f"unset {variable}, or name a PEM file of certificates",
+            )
+    try:
+        return httpx.create_ssl_context()
+    except (OSError, ssl.SSLError) as error:
+        variable = next((one for one in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(one)), None)
+        if variable is None:
+            raise
+        raise SettingError(
+            f"the environment variable {variable} names {os.environ[variable]}, which holds no certificates: {error}",
+            hint=f"unset {variable}, or name a PEM file of certificates",
+        ) from error
+
+
 def _is_this_machine(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -92,32 +103,32 @@ def _under(url: httpx.URL, path: str) -> httpx.URL:
 
 
 class Direct(Connections):
-    """Sockets of asyncio, HTTP/1.1 of h11: one connection for each request in flight, the one used last taken first.
+    """Sockets of asyncio and our own HTTP/1.1: a connection for each request in flight, the one used last first.
 
-    httpx and httpcore, which speak HTTP through h11 too, cost several times the CPU: objects for every header
-    and URL, and a shared pool that is looked through at every request and every close.
+    httpx, httpcore and h11 cost several times the CPU: objects for every header, URL and piece of a body, which
+    a streamed answer has one of for each token, and a shared pool that is looked through at every request.
     """
 
     def __init__(self, url: httpx.URL, headers: dict[str, str]) -> None:
         if url.userinfo:
             headers = {"Authorization": f"Basic {b64encode(url.userinfo).decode('ascii')}"} | headers
         lines = {"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity"} | headers
-        self._headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in lines.items()]
+        if any(character in "\r\n\0" for value in lines.values() for character in value):
+            raise SettingError("a header of the requests holds a line break")
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode("ascii")
         self._url = url
-        self._tls = httpx.create_ssl_context() if url.scheme == "https" else None
-        self._idle: list[_Connection] = []
-        # Making one costs a third of h11's share: requests of one length are alike, and never change.
-        self._request = lru_cache(maxsize=2048)(self._new_request)
+        self._tls = tls_context() if url.scheme == "https" else None
+        self._idle: list[Connection] = []
+        self._target = cache(lambda path: _under(url, path).raw_path)
 
-    async def send(self, method: str, path: str, body: bytes | None = None) -> Reply:
+    async def send(
+        self, method: str, path: str, body: bytes | None = None, reader: BodyReader | None = None
+    ) -> Reply:
         """One request over an idle connection, or a new one."""
         connection = await self._open()
         try:
-            length = None if body is None else len(body)
-            return await connection.send(self._request(method, path, length), body)
-        except h11.RemoteProtocolError as error:
-            if connection.closed:
-                raise Retryable("the connection was closed before the reply was whole") from error
+            return await connection.send(self._request(method, path, body), reader)
+        except NotHttp as error:
             raise Retryable(f"the reply is not HTTP: {error}") from error
         except OSError as error:
             raise Retryable(f"the connection was lost: {error}") from error
@@ -134,72 +145,30 @@ class Direct(Connections):
             self._idle.pop().abort()
         await asyncio.sleep(0)  # transports close in the loop's next turn
 
-    def _new_request(self, method: str, path: str, length: int | None) -> h11.Request:
-        sized = [] if length is None else [(b"Content-Length", b"%d" % length)]
-        target = _under(self._url, path).raw_path
-        return h11.Request(method=method, target=target, headers=self._headers + sized)
+    def _request(self, method: str, path: str, body: bytes | None) -> bytes:
+        target: bytes = self._target(path)
+        length = b"" if body is None else b"Content-Length: %d\r\n" % len(body)
+        head = b"%b %b HTTP/1.1\r\n%b%b\r\n" % (method.encode("ascii"), target, self._headers, length)
+        return head if body is None else head + body
 
-    async def _open(self) -> _Connection:
+    async def _open(self) -> Connection:
         while self._idle:
             connection = self._idle.pop()
             if not connection.closed:
                 return connection
             connection.abort()
         port = self._url.port or (443 if self._tls else 80)
+        host = self._url.raw_host.decode("ascii")
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                return _Connection(
-                    *await asyncio.open_connection(self._url.raw_host.decode("ascii"), port, ssl=self._tls)
+                _, made = await asyncio.get_running_loop().create_connection(
+                    Connection, host, port, ssl=self._tls
                 )
+                return made
         except TimeoutError as error:
             raise Retryable(f"no connection within {CONNECT_TIMEOUT_S:g} s", lost=True) from error
         except OSError as error:
             raise Retryable(f"no connection: {error}", lost=True) from error
-
-
-class _Connection:
-    """One connection, for one request at a time."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._http = h11.Connection(h11.CLIENT)
-        self.ready = True
-        """Whether it can carry another request: the last reply came whole, and the server holds the line."""
-
-    @property
-    def closed(self) -> bool:
-        """Whether the other side has hung up."""
-        return self._reader.at_eof() or self._reader.exception() is not None or self._writer.is_closing()
-
-    async def send(self, request: h11.Request, body: bytes | None) -> Reply:
-        """One request and its whole reply; OSError or h11's RemoteProtocolError where none comes."""
-        self.ready = False
-        parts = [request, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
-        self._writer.write(b"".join(self._http.send(part) or b"" for part in parts))
-        head, chunks = None, []
-        while not isinstance(event := await self._event(), h11.EndOfMessage):
-            if isinstance(event, h11.Response):
-                head = event
-            elif isinstance(event, h11.Data):
-                chunks.append(event.data)
-        assert head is not None  # h11 lets no message end that did not begin
-        more, _ = self._http.trailing_data  # which the next request would get as its reply
-        if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE and not more:
-            self._http.start_next_cycle()
-            self.ready = True
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
-        return Reply(head.status_code, headers, b"".join(chunks))
-
-    async def _event(self) -> h11.Event:
-        while (event := self._http.next_event()) is h11.NEED_DATA:
-            self._http.receive_data(await self._reader.read(READ_BYTES))
-        assert isinstance(event, h11.Event)  # PAUSED comes only to those who go on without a new cycle
-        return event
-
-    def abort(self) -> None:
-        """Close it at once."""
-        self._writer.transport.abort()
 
 
 class ThroughHttpx(Connections):
@@ -219,25 +188,44 @@ class ThroughHttpx(Connections):
                 headers=headers,
                 proxy=proxy,
                 transport=transport,
+                verify=tls_context() if url.scheme == "https" and transport is None else True,
                 timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
                 limits=httpx.Limits(max_connections=None),
             )
         except (ValueError, ImportError, httpx.InvalidURL) as error:
             raise SettingError(
-                f"the proxy for {url.host} cannot be used: {error}",
-                hint=f"it comes from the environment (HTTP_PROXY and the like); NO_PROXY={url.host} goes without",
+                f"the proxy for {url.host} cannot be used, which {_said_of_proxy(url)} names: {error}",
+                hint=f"name one as http://HOST:PORT; NO_PROXY={url.host} goes without",
             ) from error
 
-    async def send(self, method: str, path: str, body: bytes | None = None) -> Reply:
+    async def send(
+        self, method: str, path: str, body: bytes | None = None, reader: BodyReader | None = None
+    ) -> Reply:
         """One request through httpx."""
         try:
-            response = await self._client.request(method, _under(self._url, path), content=body)
+            async with self._client.stream(method, _under(self._url, path), content=body) as response:
+                headers = {name.lower(): value for name, value in response.headers.items()}
+                return await _read(response, headers, reader)
         except httpx.RequestError as error:
             lost = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError)
             raise Retryable(f"{type(error).__name__}: {error}".rstrip(": "), lost=lost) from error
-        headers = {name.lower(): value for name, value in response.headers.items()}
-        return Reply(response.status_code, headers, response.content)
 
     async def aclose(self) -> None:
         """Close the client."""
         await self._client.aclose()
+
+
+async def _read(response: httpx.Response, headers: dict[str, str], reader: BodyReader | None) -> Reply:
+    status = response.status_code
+    if reader is not None and reader.begins(status, headers):
+        async for data in response.aiter_bytes():
+            if reader.feed(data):
+                break
+        return Reply(status, headers, b"")
+    limit = most_bytes(status, reader)
+    body = bytearray()
+    async for data in response.aiter_bytes():
+        body += data
+        if len(body) > limit:
+            break
+    return whole_reply(status, headers, bytes(body), limit)

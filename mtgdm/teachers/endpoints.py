@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mtgdm.errors import SettingError
+from mtgdm.teachers.slots import Slots
 
 if TYPE_CHECKING:
     from mtgdm.domain import Domain
@@ -88,6 +89,7 @@ class Endpoint:
     def __init__(self, backend: Backend, most: int) -> None:
         self.backend = backend
         self.limit = Limit(most)
+        self.slots = Slots(most)
         self.in_flight = 0
         self.useless = False
         """Whether it said that it cannot be asked at all, and has answered nothing since."""

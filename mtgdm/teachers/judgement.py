@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from mtgdm.contracts import compact, cut_at_bound
 from mtgdm.domain import FactCheck, answer_problem
+from mtgdm.teachers.cleaning import markup
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from mtgdm.domain import Domain, Script
     from mtgdm.rows import Row
+
+JsonForm = Literal["compact", "as_answered"]
+"""How JSON answers are written: with their keys in the contract's order and no white space, or as they came."""
 
 FOREIGN_WORDS = 40
 """So much text in another script is a language of its own; fewer words are names and units."""
@@ -59,10 +64,16 @@ class Judge:
     takes_all: ClassVar[bool] = False
 
     def __init__(
-        self, domain: Domain, *, min_fact_recall: float = 0.0, max_unsupported: int | None = None
+        self,
+        domain: Domain,
+        *,
+        min_fact_recall: float = 0.0,
+        max_unsupported: int | None = None,
+        json_form: JsonForm = "compact",
     ) -> None:
         """`min_fact_recall`: share of the record's facts, 0 to 1; `max_unsupported`: claims, None for any number."""
         self._domain = domain
+        self.json_form: JsonForm = json_form
         self._min_fact_recall = round(min_fact_recall, RECALL_DIGITS)
         self._max_unsupported = max_unsupported
 
@@ -70,9 +81,19 @@ class Judge:
         """The contract of the row's type."""
         return None if row.type is None else self._domain.contract(row.type)
 
+    def kept_text(self, row: Row, text: str) -> str:
+        """An answer in the form in which it is written: servers and models order and indent JSON as they like."""
+        contract = self.contract(row)
+        if contract is None or self.json_form == "as_answered":
+            return text
+        return compact(contract, text)
+
     def judge(self, row: Row, text: str) -> Judgement:
         """What is wrong with an answer to this row's prompt, the gravest first."""
-        problem = answer_problem(self._domain, row.type, text)
+        problem = _markup_problem(text) or answer_problem(self._domain, row.type, text)
+        contract = self.contract(row)
+        if problem is None and contract is not None:
+            problem = cut_at_bound(contract, text)
         if problem is None and row.type is not None:
             problem = script_problem(text, self._domain.script(row.type))
         if problem is not None:
@@ -134,6 +155,11 @@ def script_problem(text: str, script: Script | None) -> str | None:
         name = "Chinese" if script == "Han" else "letters"
         return f"the answer is not in {name}: {wanted} characters or words of it, {foreign} of other scripts"
     return None
+
+
+def _markup_problem(text: str) -> str | None:
+    found = markup(text)
+    return None if found is None else f"markup of a chat template stands inside the answer: '{found}'"
 
 
 def _named(facts: Sequence[str]) -> str:

@@ -132,6 +132,8 @@ class Settled:
     """Rows kept under other thresholds, now in the rejected file."""
     refreshed: int = 0
     """Kept rows whose prompt has another `meta` now."""
+    compacted: int = 0
+    """Kept rows whose JSON was written in another form."""
 
 
 class Ledger:
@@ -151,6 +153,8 @@ class Ledger:
         self._facts: dict[str, FactSums] = {}
         """What the rows of this run say of their records."""
         self._resumed = False
+        self._all_compact = False
+        """Whether every row of earlier runs is known to be in the compact form."""
         self.kept_ids: IdSet = IdSet()
         self.rejected_ids: IdSet = IdSet()
         """Rejected under this fingerprint: rows another teacher failed on are asked again."""
@@ -160,6 +164,7 @@ class Ledger:
             return self
         try:
             if self.out.exists():
+                self._all_compact = _noted_compact(self.out)
                 ours = _FINGERPRINT + self._fingerprint.encode() + b'"'
                 self._kept = self._open.enter_context(Journal(self.out, inspect=self._compare, known=ours))
                 self.kept_ids = self._kept.ids
@@ -286,12 +291,18 @@ class Ledger:
                 continue
             if not _same_meta(row, prompt):
                 done.refreshed += 1
+            done.compacted += self._kept_text(row, judge) != row.answer
             facts = _facts(row.meta)
             if not judge.keeps(facts):
                 done.put_aside += 1
             elif facts:
                 done.facts.setdefault(row.type or "", FactSums()).add(facts)
-        return bool(done.moved or done.refreshed or done.put_aside)
+        return bool(done.moved or done.refreshed or done.put_aside or done.compacted)
+
+    def _kept_text(self, row: Row, judge: Judge) -> str:
+        """The answer of an earlier run in the form of this one: its form is no reason to ask again."""
+        answer = row.answer or ""
+        return answer if self._all_compact else judge.kept_text(row, answer)
 
     def _rewrite(self, prompts: Prompts, judge: Judge) -> None:
         from mtgdm.row_ids import IdSet
@@ -312,7 +323,7 @@ class Ledger:
                     if isinstance(teacher := row.meta.get("teacher"), dict):
                         meta["teacher"] = {**teacher, "facts": facts_json(checked)}
                 if problem is None:
-                    file.write(encode(_as_json(row, meta)))
+                    file.write(encode(_as_json(row, meta, self._kept_text(row, judge))))
                     kept.add(row.id)
                 else:
                     rejected.append(
@@ -395,8 +406,20 @@ def _longest_noted(path: Path) -> int | None:
     longest = made.counts.get(LONGEST_PROMPT) if made else None
     if made is None or not isinstance(longest, int):
         return None
+    return longest if _as_made(path, made) else None
+
+
+def _noted_compact(path: Path) -> bool:
+    """Whether a complete run wrote every JSON answer of this file in the compact form."""
+    made = manifest.read(path)
+    form = made.settings.get("json_form") if made else None
+    return made is not None and form is not None and form.value == "compact" and _as_made(path, made)
+
+
+def _as_made(path: Path, made: manifest.Manifest) -> bool:
+    """Whether a file is still as its manifest says."""
     then = made.output.model_copy(update={"path": path.name})
-    return longest if manifest.state(path, path.parent, [then]).sha256 == then.sha256 else None
+    return manifest.state(path, path.parent, [then]).sha256 == then.sha256
 
 
 def _facts(meta: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -428,5 +451,8 @@ def _fingerprint(line: bytes) -> str | None:
     return str(value)
 
 
-def _as_json(row: Row, meta: dict[str, Any]) -> dict[str, Any]:
-    return {"id": row.id, "messages": row.messages, "meta": meta, **row.rest}
+def _as_json(row: Row, meta: dict[str, Any], answer: str | None = None) -> dict[str, Any]:
+    messages = row.messages
+    if answer is not None:
+        messages = [*row.prompt, {**messages[-1], "content": answer}]
+    return {"id": row.id, "messages": messages, "meta": meta, **row.rest}

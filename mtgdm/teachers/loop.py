@@ -21,8 +21,12 @@ from typing import TYPE_CHECKING
 
 from mtgdm.teachers.cleaning import cleaned
 from mtgdm.teachers.endpoints import Endpoint, Endpoints, doubled
+from mtgdm.teachers.finish import Finish, finish
 from mtgdm.teachers.judgement import Standard
+from mtgdm.teachers.lengths import Lengths
+from mtgdm.teachers.repair import both_reasons, repair_turns, repeats_repair
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
+from mtgdm.teachers.watch import AnswerWatch
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -44,10 +48,16 @@ SAME_REFUSALS = 20
 """The same for a teacher that has answered and then refuses row after row: some prompts may really be refused."""
 FIRST_REJECTED = 20
 """So many answers rejected and none kept, and the user is told before the night is over."""
+SAME_SETTING = 5
+"""So many rows of a type lost to a setting, and none kept: the run stops, and tells which one to change."""
+NEARLY = 0.9
+"""An answer that was cut with so much of `max_tokens` written was cut by that setting."""
+LONGEST_SHOWN = 4000
+"""So much of an answer is shown to its teacher in the repair turn."""
 
-CORRECTION = (
-    "This answer cannot be used: {problem}. Answer the question again, in full and in the language it asks "
-    "for, with this corrected. Output nothing but the answer."
+ONLY_THOUGHTS = (
+    "the model only thought "
+    """(--extra-body '{"chat_template_kwargs": {"enable_thinking": false}}' stops that in many servers)"""
 )
 SHORTER = "(The answer must be complete within {max_tokens} tokens: be brief.)"
 
@@ -80,6 +90,8 @@ class Outcome:
     lost: bool = False
     """Whether the teacher was not even reached, the last time it was tried."""
     hint: str | None = None
+    setting: bool = False
+    """Whether another setting, which the hint names, would have mended it."""
 
 
 @dataclass
@@ -95,6 +107,8 @@ class _Asking:
     completion: Completion | None = None
     text: str = ""
     facts: FactCheck | None = None
+    stopped: str | None = None
+    """Why the last answer was stopped while it was written."""
 
 
 class Loop:
@@ -130,11 +144,55 @@ class Loop:
         self._workers = 0
         self._waiting = 0
         """Workers whose row waits for its next try."""
+        self._lengths = Lengths(settings.max_tokens)
+        self._of_setting: dict[str | None, list[Outcome]] = {}
+        """By type, rows lost to a setting while none of the type was kept."""
+        self._kept_types: set[str | None] = set()
+        self._tokens = 0
+        """Tokens of answers that are over."""
+        self._watches: set[AnswerWatch] = set()
+        """Of the answers that are awaited or written just now."""
+        self._first_token_at: float | None = None
+        self._told: set[str] = set()
+        for endpoint in self._endpoints.all:
+            endpoint.backend.tell = self._tell_once
 
     @property
     def in_flight(self) -> int:
         """Questions that are being answered just now."""
         return self._endpoints.in_flight
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were written, those of answers that are not over included."""
+        return self._tokens + sum(watch.pieces for watch in tuple(self._watches))
+
+    def notes(self) -> list[str]:
+        """How it goes just now, for the progress (of another thread): the speed, and what is in flight."""
+        speed = []
+        if self._first_token_at is not None and (tokens := self.tokens):
+            elapsed_s = max(time.monotonic() - self._first_token_at, 1e-3)
+            rate = tokens / elapsed_s
+            speed = [f"{rate:,.0f} tokens/s" if rate >= 10 else f"{rate:.1f} tokens/s"]
+        return [*speed, *self.flight_notes()]
+
+    def flight_notes(self) -> list[str]:
+        """How many rows are in flight, and how much of their answers is written."""
+        if not self.in_flight:
+            return []
+        written = sum(watch.pieces for watch in tuple(self._watches))
+        return [f"{self.in_flight} in flight" + (f" with {written:,} tokens so far" if written else "")]
+
+    @property
+    def answers_at_once(self) -> int | None:
+        """How many answers the servers write at once, where that is fewer than they were asked for."""
+        found = [endpoint.slots.found for endpoint in self._endpoints.all]
+        return sum(one for one in found if one) if any(found) else None
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._warn(text)
 
     async def run(self, rows: Iterator[Row], record: Callable[[Outcome], None]) -> None:
         """Ask for every row; `record` gets each outcome as it comes, in no particular order."""
@@ -190,24 +248,30 @@ class Loop:
 
     async def _ask(self, row: Row, endpoint: Endpoint) -> Outcome:
         settings = self._settings
-        asking = _Asking(
-            row,
-            Options(settings.temperature, settings.top_p, settings.seed, settings.max_tokens, row),
-            self._judge.contract(row),
-            endpoint,
-        )
+        contract = self._judge.contract(row)
+        limit = settings.max_tokens if self._judge.takes_all else self._lengths.limit(row.type, contract)
+        options = Options(settings.temperature, settings.top_p, settings.seed, limit, row)
+        asking = _Asking(row, options, contract, endpoint)
+        first: str | None = None
         try:
             problem = await self._answer(asking, row.prompt)
+            if problem is not None and self._cut_by_what_was_learned(asking):
+                self._say(f"{row.id} is asked again with all of --max-tokens: {problem}")
+                asking.options = replace(asking.options, max_tokens=settings.max_tokens)
+                problem = await self._answer(asking, row.prompt)
             repaired = problem is not None
             if problem is not None:
+                first = problem
                 self._say(f"{row.id} is asked again: {problem}")
                 problem = await self._answer(asking, self._repair(asking, problem))
+                if problem is None and repeats_repair(asking.text):
+                    problem = "the answer repeats what was said to be wrong with it"
         except Refused as error:
-            return self._lost(asking, str(error), Failure.REFUSED, hint=error.hint)
+            return self._lost(asking, str(error), Failure.REFUSED, hint=error.hint, setting=error.setting)
         except Retryable as error:
             return self._lost(asking, str(error), Failure.EXHAUSTED, lost=error.lost)
         if problem is not None:
-            return self._lost(asking, problem, Failure.ANSWER)
+            return self._lost_answer(asking, problem if first is None else both_reasons(first, problem))
         return Outcome(
             row, asking.completion, asking.text, asking.attempts, repaired=repaired, facts=asking.facts
         )
@@ -217,31 +281,63 @@ class Loop:
         completion = await self._retried(asking, messages)
         if self._judge.takes_all:
             return None
-        if completion.finish_reason == "length":
-            return f"the answer was cut at {completion.output_tokens or asking.options.max_tokens} tokens"
-        if completion.finish_reason != "stop":
-            return f"the answer ended with '{completion.finish_reason}'"
+        if asking.stopped is not None:
+            return asking.stopped
+        match finish(completion.finish_reason):
+            case Finish.LENGTH:
+                return f"the answer was cut at {completion.output_tokens or asking.options.max_tokens} tokens"
+            case Finish.REPETITION:
+                return "the answer repeats itself without end, and the server gave it up"
+            case Finish.NO_ANSWER:
+                return f"the answer ended with '{completion.finish_reason}'"
+            case Finish.UNKNOWN:
+                # Whether it is whole is judged by the answer; a word of a server alone costs no row.
+                self._tell_once(
+                    f"the teacher ends answers with '{completion.finish_reason}', which is taken as 'stop'"
+                )
         judgement = self._judge.judge(asking.row, asking.text)
         asking.facts = judgement.facts
         return judgement.problem
 
+    def _cut_by_what_was_learned(self, asking: _Asking) -> bool:
+        """Whether an answer was cut that the limit of the settings would not have cut."""
+        completion = asking.completion
+        return (
+            completion is not None
+            and asking.options.max_tokens < self._settings.max_tokens
+            and finish(completion.finish_reason) is Finish.LENGTH
+        )
+
     def _repair(self, asking: _Asking, problem: str) -> list[Message]:
         """The question once more: after its own answer and what is wrong with it, or asked to be brief."""
         question: list[Message] = asking.row.prompt
-        if asking.completion is not None and asking.completion.finish_reason == "length":
-            # A cut answer is often a loop of repetitions, which showing it would only start again.
+        ended = None if asking.completion is None else finish(asking.completion.finish_reason)
+        if ended in (Finish.LENGTH, Finish.REPETITION):
+            # Cut answers are often loops too, which showing them, or the same seed, would only start again.
+            asking.options = replace(asking.options, seed=asking.options.seed + 1)
             brief = SHORTER.format(max_tokens=asking.options.max_tokens)
             last = question[-1]
             return [*question[:-1], {"role": last["role"], "content": f"{last['content']}\n\n{brief}"}]
-        return [
-            *question,
-            {"role": "assistant", "content": asking.text},
-            {"role": "user", "content": CORRECTION.format(problem=problem)},
-        ]
+        answer = asking.text[:LONGEST_SHOWN]
+        return repair_turns(question, answer, problem, is_json=asking.contract is not None)
+
+    def _lost_answer(self, asking: _Asking, problem: str) -> Outcome:
+        """A row whose answer will not do; where `max_tokens` cut it, that setting is to blame."""
+        completion, limit = asking.completion, self._settings.max_tokens
+        cut = completion is not None and finish(completion.finish_reason) is Finish.LENGTH
+        by_setting = cut and completion is not None and (completion.output_tokens or limit) >= NEARLY * limit
+        hint = f"allow more with --max-tokens {2 * limit}" if by_setting else None
+        return self._lost(asking, problem, Failure.ANSWER, hint=hint, setting=by_setting)
 
     @staticmethod
     def _lost(
-        asking: _Asking, reason: str, failure: Failure, *, lost: bool = False, hint: str | None = None
+        asking: _Asking,
+        reason: str,
+        failure: Failure,
+        *,
+        lost: bool = False,
+        hint: str | None = None,
+        setting: bool = False,
     ) -> Outcome:
         return Outcome(
             asking.row,
@@ -252,6 +348,7 @@ class Loop:
             failure=failure,
             lost=lost,
             hint=hint,
+            setting=setting,
         )
 
     # --- tried again -----------------------------------------------------------------------------
@@ -306,12 +403,17 @@ class Loop:
         decreases = limit.decreases
         busy = False
         asking.attempts += 1
+        watch = self._watch(asking, backend)
+        endpoint.slots.asked(watch)
+        self._watches.add(watch)
         try:
-            async with asyncio.timeout(self._settings.timeout_s if backend.timed else None):
-                completion = await backend.answer(messages, asking.contract, asking.options)
+            async with asyncio.timeout(None) as clock:
+                self._set_clock(clock, watch, timed=backend.timed)
+                options = replace(asking.options, watch=watch)
+                completion = await backend.answer(messages, asking.contract, options)
         except TimeoutError as error:
             busy = True
-            raise Retryable(f"no answer within {self._settings.timeout_s:g} s") from error
+            raise Retryable(self._late(watch)) from error
         except Retryable as error:
             busy = error.overloaded
             if not error.lost:
@@ -322,14 +424,84 @@ class Loop:
             raise
         else:
             endpoint.reached()
+            self._first_token_at = self._first_token_at or watch.asked_at
+            self._tokens += (completion.output_tokens or watch.pieces) - watch.pieces
         finally:
+            self._watches.discard(watch)
+            self._tokens += watch.pieces
             limit.note(decreases, busy=busy)
             self._endpoints.give_back(endpoint)
+            endpoint.slots.ended(watch)
+        self._tell_slots(endpoint)
+        return self._taken(asking, completion, watch)
+
+    def _taken(self, asking: _Asking, completion: Completion, watch: AnswerWatch) -> Completion:
+        """A completion in our words; Retryable or Refused where there is no answer to judge."""
+        word = completion.finish_reason
+        kind = finish(word)
+        asking.stopped = None
+        if kind is Finish.STOPPED and watch.problem is not None:
+            asking.stopped, kind = watch.problem, watch.reason
+        if kind not in (Finish.UNKNOWN, Finish.NO_ANSWER):
+            completion = replace(completion, finish_reason=kind.value)
         asking.completion = completion
         asking.text = cleaned(completion.text, is_json=asking.contract is not None)
-        if not asking.text and completion.finish_reason != "length" and not self._judge.takes_all:
-            raise Retryable("the answer is empty", another_seed=True)
+        if kind is Finish.FAILED:
+            raise Retryable(f"the server ended the answer with '{word}'", another_seed=True)
+        if self._judge.takes_all:
+            return completion
+        if kind is Finish.FILTERED:
+            raise Refused("the server's content filter ended the answer")
+        if not asking.text and kind not in (Finish.LENGTH, Finish.REPETITION) and asking.stopped is None:
+            why = f": {ONLY_THOUGHTS}" if watch.thinks else ""
+            raise Retryable(f"the answer is empty{why}", another_seed=True)
         return completion
+
+    def _watch(self, asking: _Asking, backend: Backend) -> AnswerWatch:
+        row = asking.row
+        return AnswerWatch(
+            max_tokens=asking.options.max_tokens,
+            is_json=asking.contract is not None,
+            script=None if row.type is None else backend.domain.script(row.type),
+            stops=not self._judge.takes_all,
+            began=self._began,
+        )
+
+    def _began(self) -> None:
+        """The first token of an answer has come."""
+        if self._first_token_at is None:
+            self._first_token_at = time.monotonic()
+
+    def _set_clock(self, clock: asyncio.Timeout, watch: AnswerWatch, *, timed: bool) -> None:
+        if not timed:
+            return
+        settings, now = self._settings, asyncio.get_running_loop().time()
+        deadline = now + settings.deadline_s if settings.deadline_s else None
+        first = now + max(settings.first_token_timeout_s, settings.timeout_s)
+        clock.reschedule(first if deadline is None else min(first, deadline))
+        watch.keep_time(clock, settings.timeout_s, deadline)
+
+    def _late(self, watch: AnswerWatch) -> str:
+        """What did not come in time."""
+        settings = self._settings
+        first_s = max(settings.first_token_timeout_s, settings.timeout_s)
+        if settings.deadline_s and watch.waited_s >= settings.deadline_s:
+            return f"no whole answer within {settings.deadline_s:g} s"
+        if watch.pieces == 0:
+            return f"no answer within {first_s:g} s"
+        return f"no token for {settings.timeout_s:g} s, after {watch.pieces:,}"
+
+    def _tell_slots(self, endpoint: Endpoint) -> None:
+        found = endpoint.slots.to_tell()
+        if found is None:
+            return
+        backend, concurrency = endpoint.backend, self._settings.concurrency
+        how = backend.parallel_hint.format(slots=concurrency)
+        more = f"{how} (each takes the memory of one more context), or " if how else ""
+        self._tell_once(
+            f"{backend.place} writes {found} answer{'' if found == 1 else 's'} at a time, and {concurrency} are asked "
+            f"for at once: {more}--concurrency {found} waits for no more than it writes"
+        )
 
     def _others(self, endpoint: Endpoint) -> bool:
         """Whether another endpoint can be asked in the place of this one."""
@@ -354,6 +526,9 @@ class Loop:
         A lost row is held back until another one shows that the teacher is there: what is rejected is
         a row the teacher would not answer, never one it was not there to answer.
         """
+        if outcome.setting and outcome.row.type not in self._kept_types:
+            self._answers += outcome.failure is Failure.ANSWER
+            return self._held_for_a_setting(outcome)
         if outcome.failure in (None, Failure.ANSWER):
             return self._answered(outcome)
         ready = self._released() if self._held and _kind(self._held[0]) != _kind(outcome) else []
@@ -363,14 +538,35 @@ class Loop:
             raise self._gone()
         return ready
 
+    def _held_for_a_setting(self, outcome: Outcome) -> list[Outcome]:
+        """Rows that another setting would have saved are not rejected while none of their type was kept."""
+        held = self._of_setting.setdefault(outcome.row.type, [])
+        held.append(outcome)
+        count, of_type = len(held), f" of the type {outcome.row.type}" if outcome.row.type else ""
+        if not self._kept:
+            count, of_type = sum(map(len, self._of_setting.values())), ""
+        if count < SAME_SETTING:
+            return []
+        raise Unavailable(
+            f"the first {count} rows{of_type} failed for one setting: {outcome.reason}", hint=outcome.hint
+        )
+
     def _answered(self, outcome: Outcome) -> list[Outcome]:
         self._answers += 1
         self._kept += outcome.failure is None
+        released: list[Outcome] = []
+        if outcome.failure is None and outcome.completion is not None:
+            kind = outcome.row.type
+            if not self._judge.takes_all:
+                self._lengths.kept(kind, outcome.completion.output_tokens, outcome.completion.text)
+            if kind not in self._kept_types:
+                self._kept_types.add(kind)
+                released = self._of_setting.pop(kind, [])
         if self._answers == FIRST_REJECTED and not self._kept:
             self._warn(
                 f"the first {FIRST_REJECTED} answers were all rejected, the last for: {outcome.reason}"
             )
-        return [*self._released(), outcome]
+        return [*self._released(), *released, outcome]
 
     def _released(self) -> list[Outcome]:
         """What was held, now that the teacher is there; rows that it was not there for are asked again.
@@ -395,7 +591,7 @@ class Loop:
         failed = [one for one in self._held if one.failure is Failure.EXHAUSTED]
         if failed and (not self._answers or any(one.lost for one in failed)):
             raise self._gone()
-        for outcome in self._held:
+        for outcome in (*self._held, *(one for held in self._of_setting.values() for one in held)):
             self._record(outcome)
 
     def _gone(self) -> Unavailable:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mtgdm.contracts import schema_of
+from mtgdm.teachers.finish import Finish
+from mtgdm.teachers.repetition import repeats_at_end
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
-from mtgdm.teachers.server import ServerBackend, count, reply_object, schema_of, speaks_of_the_model
+from mtgdm.teachers.server import ServerBackend, count
+from mtgdm.teachers.streams import AnswerReader
+from mtgdm.teachers.words import said, speaks_of_model
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from mtgdm.domain import Message
+    from mtgdm.teachers.seam import Watch
 
 KEEP_ALIVE = "30m"
 """How long the model stays loaded after a request: loading a 32B model again costs minutes."""
-_CUT_HINT = "update Ollama, or set --num-ctx by hand"
+CONTEXT_STEP = 256
+"""Ollama rounds a context up to a multiple of this."""
+REPEATED_TOKENS = 20
+"""Ollama ends an answer after 30 equal tokens; some of these may be half a character."""
 
 
 class Ollama(ServerBackend):
@@ -25,41 +33,18 @@ class Ollama(ServerBackend):
     kind: ClassVar[str] = "Ollama"
     start_hint: ClassVar[str] = "start it with `ollama serve`, or name it with --url"
     paths: ClassVar[tuple[str, ...]] = ("/api/chat", "/api", "/v1")
+    chat_path: ClassVar[str] = "/api/chat"
+    schema_key: ClassVar[str] = "format"
+    context_hint: ClassVar[str] = "set --num-ctx by hand, lower --max-tokens, or update Ollama"
+    parallel_hint: ClassVar[str] = "start it with OLLAMA_NUM_PARALLEL={slots}"
     holds_to_schema = True
-
-    _thinks = True
-    """Whether `think: false` may be sent; a server that knows no such key for a model says so."""
 
     async def check(self) -> None:
         """Ask whether the server is there and has the model."""
         reply = await self._check("POST", "/api/show", {"model": self.model})
-        if reply.status == 404 and speaks_of_the_model(reply):
+        if reply.status == 404 and speaks_of_model(said(reply)):
             raise self._missing_model()
         # Anything else is left to the first question: a proxy may pass /api/chat alone.
-
-    async def answer(
-        self, messages: Sequence[Message], contract: type[BaseModel] | None, options: Options
-    ) -> Completion:
-        """Ask once; a prompt that was cut, or an answer that broke off, is an error."""
-        started = time.perf_counter()
-        request = self._request(messages, contract, options)
-        reply = await self._ask("/api/chat", request)
-        if reply.status == 400 and "think" in request and "think" in reply.text:
-            self._thinks = False
-            return await self.answer(messages, contract, options)
-        self._raise_for(reply)
-        value = reply_object(reply)
-        completion = Completion(
-            _content(value),
-            _reason(value),
-            count(value, "prompt_eval_count"),
-            count(value, "eval_count"),
-            round(time.perf_counter() - started, 6),
-        )
-        # Servers too old for `truncate` and `shift` cut without a word.
-        self._raise_where_cut(messages, completion, _CUT_HINT)
-        self._raise_where_shifted(completion)
-        return completion
 
     def _missing_model(self) -> Unavailable:
         return Unavailable(f"the model '{self.model}' is not pulled", hint=f"ollama pull {self.model}")
@@ -70,7 +55,8 @@ class Ollama(ServerBackend):
         request: dict[str, Any] = {
             "model": self.model,
             "messages": messages,
-            "stream": False,
+            "stream": self.settings.stream,
+            "think": False,
             "truncate": False,  # never drop messages to make the prompt fit
             "shift": False,  # never forget half of the context to go on
             "keep_alive": KEEP_ALIVE,
@@ -83,33 +69,63 @@ class Ollama(ServerBackend):
                 "seed": options.seed,
             },
         }
-        if self._thinks:
-            request["think"] = False
         if contract is not None:
-            request["format"] = schema_of(contract)
+            request["format"] = schema_of(contract, bounded=self._adjustments.bounded)
         return request
 
-    def _raise_where_shifted(self, completion: Completion) -> None:
+    def _reader(self, options: Options) -> AnswerReader:
+        return ChatReader(options.watch, options.max_tokens)
+
+    def _ended(self, reader: AnswerReader) -> Completion:
+        assert isinstance(reader, ChatReader)
+        if not reader.messages:
+            raise Retryable("the reply carries no message")
+        text, last = reader.text, reader.last
+        prompt_tokens, output_tokens = count(last, "prompt_eval_count"), count(last, "eval_count")
+        if not reader.complete:
+            # Ollama gives up on a token repeated 30 times and then never says `done`.
+            if repeats_at_end(text, REPEATED_TOKENS):
+                return Completion(text, Finish.REPETITION, prompt_tokens, output_tokens or reader.pieces, 0.0)
+            raise Retryable("the answer broke off (`done` is not true)", another_seed=True)
+        reason = last.get("done_reason")
+        return Completion(
+            text, reason if isinstance(reason, str) and reason else "stop", prompt_tokens, output_tokens, 0.0
+        )
+
+    def _check_counts(self, messages: Sequence[Message], completion: Completion) -> None:
+        """Servers too old for `truncate` and `shift` cut without a word."""
+        super()._check_counts(messages, completion)
         seen, written = completion.prompt_tokens, completion.output_tokens or 0
-        if seen is not None and seen + written > self.settings.num_ctx > 0:
+        # Ollama rounds the context up.
+        context = -(-self.settings.num_ctx // CONTEXT_STEP) * CONTEXT_STEP
+        if seen is not None and seen + written > context > 0:
             raise Refused(
-                f"prompt and answer took {seen} + {written} tokens, "
-                f"more than the context of {self.settings.num_ctx}",
-                hint=_CUT_HINT,
+                f"prompt and answer took {seen} + {written} tokens, more than the context of {context}",
+                hint=self.context_hint,
+                setting=True,
             )
 
 
-def _content(value: dict[str, Any]) -> str:
-    message = value.get("message")
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise Retryable("the reply carries no message")
-    if value.get("done") is not True:
-        # Ollama gives up on a token repeated 30 times and then never says `done`.
-        raise Retryable("the answer broke off (`done` is not true)", another_seed=True)
-    content: str = message["content"]
-    return content
+class ChatReader(AnswerReader):
+    """Reads the lines of a streamed chat, or a whole one."""
 
+    def __init__(self, watch: Watch, max_tokens: int) -> None:
+        super().__init__(watch, max_tokens)
+        self.messages = 0
+        self.last: dict[str, Any] = {}
+        """The object that says `done`, or the one before it broke off."""
 
-def _reason(value: dict[str, Any]) -> str:
-    reason = value.get("done_reason")
-    return reason if isinstance(reason, str) and reason else "stop"
+    def take(self, value: dict[str, Any]) -> None:
+        """A line of a stream, or the whole."""
+        message = value.get("message")
+        if isinstance(message, dict):
+            text = message.get("content")
+            if isinstance(text, str):
+                self.messages += 1
+                if text:
+                    self.add(text)
+            if (thought := message.get("thinking")) and isinstance(thought, str):
+                self.add_thought(thought)
+        self.last = value
+        if value.get("done") is True:
+            self.complete = True

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
+from mtgdm.contracts import schema_of
 from mtgdm.errors import SettingError
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
-from mtgdm.teachers.server import ServerBackend, count, reply_object, said, schema_of
+from mtgdm.teachers.server import ServerBackend, count
+from mtgdm.teachers.streams import AnswerReader
+from mtgdm.teachers.words import said
 
 if TYPE_CHECKING:
     import httpx
@@ -17,12 +19,7 @@ if TYPE_CHECKING:
 
     from mtgdm.domain import Domain, Message
     from mtgdm.teachers.connections import Reply
-    from mtgdm.teachers.seam import TeacherSettings
-
-_SCHEMA_WORDS = ("response_format", "json_schema", "guided", "grammar", "schema")
-_UNSUPPORTED_WORDS = ("unsupported", "not support", "not permitted", "extra_forbidden")
-_UNSENT: dict[str, float] = {"temperature": 1.0, "top_p": 1.0}
-"""What the API takes where the key is left out: to leave it out then changes nothing."""
+    from mtgdm.teachers.seam import TeacherSettings, Watch
 
 
 class OpenAI(ServerBackend):
@@ -31,6 +28,12 @@ class OpenAI(ServerBackend):
     kind: ClassVar[str] = "OpenAI-compatible"
     start_hint: ClassVar[str] = "start it, or name it with --url http://HOST:PORT/v1"
     paths: ClassVar[tuple[str, ...]] = ("/chat/completions",)
+    chat_path: ClassVar[str] = "/chat/completions"
+    schema_key: ClassVar[str] = "response_format"
+    context_hint: ClassVar[str] = (
+        "give the server a longer context (--max-model-len in vLLM, -c in llama.cpp), or lower --max-tokens"
+    )
+    parallel_hint: ClassVar[str] = "-np {slots} in llama.cpp, --max-num-seqs {slots} in vLLM"
 
     def __init__(
         self, settings: TeacherSettings, domain: Domain, *, transport: httpx.AsyncBaseTransport | None = None
@@ -39,41 +42,12 @@ class OpenAI(ServerBackend):
         if self._url.path == "/":
             self._url = self._url.copy_with(path="/v1")  # other paths (/api/v3) are taken as they are given
         self.holds_to_schema = True
-        self._limit = "max_tokens"
-        self._left_out: set[str] = set()
-        """Keys that the server does not take."""
 
     async def check(self) -> None:
         """Ask whether the server is there and takes the key; not every server can list its models."""
         reply = await self._check("GET", "/models")
         if reply.status in (401, 403):
             self._raise_for(reply)
-
-    async def answer(
-        self, messages: Sequence[Message], contract: type[BaseModel] | None, options: Options
-    ) -> Completion:
-        """Ask once, and once more for each part of the question that the server does not take."""
-        started = time.perf_counter()
-        request = self._request(messages, contract, options)
-        reply = await self._ask("/chat/completions", request)
-        if reply.status in (400, 422, 501) and self._does_without(request, reply):
-            return await self.answer(messages, contract, options)
-        self._raise_for(reply)
-        value = reply_object(reply)
-        text, reason = _choice(value)
-        usage = value.get("usage")
-        counts: dict[str, Any] = usage if isinstance(usage, dict) else {}
-        completion = Completion(
-            text,
-            reason,
-            count(counts, "prompt_tokens"),
-            count(counts, "completion_tokens"),
-            round(time.perf_counter() - started, 6),
-        )
-        self._raise_where_cut(
-            messages, completion, "give the server a longer context (--max-model-len in vLLM)"
-        )
-        return completion
 
     @property
     def _secret(self) -> str:
@@ -99,15 +73,15 @@ class OpenAI(ServerBackend):
             self._raise_unavailable(reply.status, said(reply))  # waiting does not help
         super()._raise_for(reply)
 
-    def _raise_unavailable(self, status: int, text: str) -> NoReturn:
-        if status in (401, 403):
+    def _raise_unavailable(self, kind: int, text: str, status: int | None = None) -> NoReturn:
+        if kind in (401, 403):
             name = self.settings.api_key_env
             state = "was refused" if self._secret else "is not set"
             raise Unavailable(
-                f"{self.place} answers HTTP {status}: {text}",
+                f"{self.place} answers HTTP {status or kind}: {text}",
                 hint=f"the key in the environment variable {name} {state}; api_key_env names another variable",
             )
-        super()._raise_unavailable(status, text)
+        super()._raise_unavailable(kind, text, status)
 
     def _request(
         self, messages: Sequence[Message], contract: type[BaseModel] | None, options: Options
@@ -115,73 +89,91 @@ class OpenAI(ServerBackend):
         request: dict[str, Any] = {
             "model": self.model,
             "messages": messages,
-            "stream": False,
-            self._limit: options.max_tokens,
+            "stream": self.settings.stream,
+            "max_tokens": options.max_tokens,
             "temperature": options.temperature,
             "top_p": options.top_p,
             "seed": options.seed,
         }
-        for key in self._left_out:
-            del request[key]
-        if contract is not None and self.holds_to_schema:
+        if self.settings.stream:
+            request["stream_options"] = {"include_usage": True}
+        if contract is not None:
             request["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {
                     "name": contract.__name__.lower(),
-                    "schema": schema_of(contract),
+                    "schema": schema_of(contract, bounded=self._adjustments.bounded),
                     "strict": True,
                 },
             }
         return request
 
-    def _does_without(self, request: dict[str, Any], reply: Reply) -> bool:
-        """Whether the server takes this question in another form, which is sent from now on.
+    def _reader(self, options: Options) -> AnswerReader:
+        return ChatReader(options.watch, options.max_tokens)
 
-        Without schemas, since answers are checked above; without a seed; without a temperature or top_p
-        that the server takes anyway. Other values would be lost without a word: Unavailable.
-        """
-        text = reply.text
-        if "response_format" in request and any(word in text for word in _SCHEMA_WORDS):
-            self.holds_to_schema = False
-            return True
-        if not any(word in text.lower() for word in _UNSUPPORTED_WORDS):
-            return False
-        for key in ("max_tokens", "temperature", "top_p", "seed"):
-            if key not in request or not (f"'{key}'" in text or f'"{key}"' in text):
-                continue
-            if key == "max_tokens":
-                self._limit = "max_completion_tokens"
-            elif key in _UNSENT and request[key] != _UNSENT[key]:
-                flag = key.replace("_", "-")
-                raise Unavailable(
-                    f"{self.place} takes no {key} of {request[key]:g}: {said(reply)}", hint=f"--{flag} 1"
-                )
-            else:
-                self._left_out.add(key)
-            return True
-        return False
-
-
-def _choice(value: dict[str, Any]) -> tuple[str, str]:
-    choices = value.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
-        raise Retryable("the reply carries no message")
-    reason = choice.get("finish_reason")
-    if not isinstance(reason, str) or not reason:
-        raise Retryable("the answer broke off (no `finish_reason`)", another_seed=True)
-    text = _text(message.get("content"))
-    if not text and isinstance(message.get("refusal"), str) and message["refusal"]:
-        raise Refused(f"the model refuses: {message['refusal']}")
-    return text, reason
-
-
-def _text(content: Any) -> str:
-    """The answer, which may come in parts; thoughts among them are no part of it."""
-    if isinstance(content, list):
-        parts = (
-            part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"
+    def _ended(self, reader: AnswerReader) -> Completion:
+        assert isinstance(reader, ChatReader)
+        if not reader.choices:
+            raise Retryable("the reply carries no message")
+        if not reader.reason and not (reader.complete and reader.parts):
+            raise Retryable("the answer broke off (no `finish_reason`)", another_seed=True)
+        text = reader.text
+        if not text and reader.refusal:
+            raise Refused(f"the model refuses: {reader.refusal}")
+        usage = reader.usage
+        return Completion(
+            text,
+            reader.reason or "stop",
+            count(usage, "prompt_tokens"),
+            count(usage, "completion_tokens"),
+            0.0,
         )
-        return "".join(part for part in parts if isinstance(part, str))
-    return content if isinstance(content, str) else ""
+
+
+class ChatReader(AnswerReader):
+    """Reads chunks of a streamed chat, or a whole one."""
+
+    def __init__(self, watch: Watch, max_tokens: int) -> None:
+        super().__init__(watch, max_tokens)
+        self.reason = ""
+        self.refusal = ""
+        self.usage: dict[str, Any] = {}
+        self.choices = 0
+
+    def take(self, value: dict[str, Any]) -> None:
+        """A chunk with a `delta`, a whole chat with a `message`, or the usage alone."""
+        usage = value.get("usage")
+        if isinstance(usage, dict):
+            self.usage = usage
+        choices = value.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if not isinstance(choice, dict):
+            return
+        message = choice.get("delta")
+        if not isinstance(message, dict):
+            message = choice.get("message")
+        if isinstance(message, dict):
+            self.choices += 1
+            self._take_message(message)
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str) and reason:
+            self.reason = reason
+
+    def _take_message(self, message: dict[str, Any]) -> None:
+        text, thought = message.get("content"), None
+        if isinstance(text, list):
+            thought, text = _parts(text, "thinking"), _parts(text, "text")
+        if isinstance(text, str) and text:
+            self.add(text)
+        thought = thought or message.get("reasoning_content") or message.get("reasoning")
+        if isinstance(thought, str) and thought:
+            self.add_thought(thought)
+        refusal = message.get("refusal")
+        if isinstance(refusal, str):
+            self.refusal += refusal
+
+
+def _parts(content: list[Any], kind: str) -> str:
+    """The parts of one kind that an answer comes in; thoughts among them are no part of it."""
+    found = (part.get(kind) for part in content if isinstance(part, dict) and part.get("type") == kind)
+    return "".join(part for part in found if isinstance(part, str))

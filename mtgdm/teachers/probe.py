@@ -36,6 +36,8 @@ UNTYPED = "untyped"
 LOOKED_AT = 2000
 """So many finished rows, spread over the file, say what the others are like."""
 SMALLEST_PROBE = 8
+LONGEST_PROBE_S = 240.0
+"""So long a probe waits for answers; what is written by then tells how fast, if not how long."""
 ALL_AT_ONCE = "these were asked all at once, perhaps while the model was being loaded"
 SHARED = 0.25
 """How a server speeds up as n of C rows are left: (C / n) ** SHARED. With 2 C rows asked of simulated servers, 4 and 16
@@ -114,23 +116,31 @@ def probed(
     Raises Unavailable where the teacher cannot be asked.
     """
     places = _places(work, settings)
-    asked = _ask(work, settings, judge, min(count, work.to_ask), context)
+    probe = _ask(work, settings, judge, min(count, work.to_ask), context)
+    asked = probe.asked
     answers = [
         Answer(one.outcome.row.type or UNTYPED, _tokens(one.outcome), held_s, at_start=number < places)
         for number, (one, held_s) in enumerate(zip(asked, _held(asked, places), strict=True))
         if one.outcome.completion is not None
     ]
-    took_s = max(one.ended for one in asked) - min(one.began for one in asked)
+    took_s = max((one.ended for one in asked), default=0.0) - min((one.began for one in asked), default=0.0)
     found = _expected(work, settings, answers, took_s)
     some = "1 row, whose answer was" if len(asked) == 1 else f"{len(asked):,} rows, whose answers were"
     found["rests_on"] = f"a probe of {some} thrown away" if answers else None
     reasons = Counter(re.sub(r"\d+", "…", one.outcome.reason) for one in asked if one.outcome.reason)
-    speed = tokens_per_s(answers, places)
+    speed = tokens_per_s(answers, places) or probe.tokens_per_s
     found["probe"] = {
-        "asked": len(asked),
+        "asked": len(asked) + probe.unfinished,
         "would_be_kept": len(asked) - reasons.total(),
         "output_tokens_per_s": speed and round(speed, 1),
+        "answers_at_once": probe.answers_at_once,
     }
+    if probe.unfinished:
+        found["probe"]["unfinished"] = probe.unfinished
+        context.terminal.warn(
+            f"{probe.unfinished:,} of {len(asked) + probe.unfinished:,} answers were not whole after "
+            f"{LONGEST_PROBE_S:g} s, with {probe.tokens:,} tokens written: the probe goes without them"
+        )
     if reasons:
         found["rejected"] = ", ".join(f"{times:,} × {reason}" for reason, times in reasons.most_common(3))
     if answers and len(asked) < min(_enough(settings), work.to_ask):
@@ -176,8 +186,23 @@ class _Asked:
     outcome: Outcome
 
 
-def _ask(work: Work, settings: TeacherSettings, judge: Judge, count: int, context: Context) -> list[_Asked]:
-    """Ask so many rows through the real loop and write nothing; in the order in which they took their places."""
+@dataclass(frozen=True)
+class _Probe:
+    """What a few rows told."""
+
+    asked: list[_Asked]
+    """Those that were answered, in the order in which they took their places."""
+    unfinished: int
+    """Rows whose answers were not whole when time was up."""
+    tokens: int
+    """Tokens that were written in all."""
+    tokens_per_s: float | None
+    answers_at_once: int | None
+    """How many answers the server writes at once, where these are fewer than it is asked for."""
+
+
+def _ask(work: Work, settings: TeacherSettings, judge: Judge, count: int, context: Context) -> _Probe:
+    """Ask so many rows through the real loop and write nothing."""
     import asyncio
 
     from mtgdm.teachers.loop import Loop
@@ -194,6 +219,7 @@ def _ask(work: Work, settings: TeacherSettings, judge: Judge, count: int, contex
             began[row.id] = time.monotonic()
             yield row
 
+    started = time.monotonic()
     with context.terminal.progress(f"{context.stage} probe", count, "rows") as bar:
 
         def record(outcome: Outcome) -> None:
@@ -209,8 +235,27 @@ def _ask(work: Work, settings: TeacherSettings, judge: Judge, count: int, contex
             judge,
             warn=context.terminal.warn,
         )
-        asyncio.run(loop.run(rows(), record))
-    return [asked[identity] for identity in began]
+        bar.live = loop.notes
+        tokens = 0
+
+        async def run() -> None:
+            nonlocal tokens
+            try:
+                async with asyncio.timeout(LONGEST_PROBE_S):
+                    await loop.run(rows(), record)
+            except TimeoutError:
+                pass
+            finally:
+                tokens = loop.tokens
+
+        asyncio.run(run())
+    return _Probe(
+        [asked[identity] for identity in began if identity in asked],
+        len(began) - len(asked),
+        tokens,
+        tokens / (time.monotonic() - started) if tokens else None,
+        loop.answers_at_once,
+    )
 
 
 def _held(asked: Sequence[_Asked], places: int) -> list[Expected]:

@@ -11,13 +11,15 @@ said with one of three errors:
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mtgdm.errors import UserError
 from mtgdm.manifest import settings_digest, without_password
@@ -63,13 +65,34 @@ class Retryable(Exception):
 class Refused(Exception):
     """A failure that belongs to this question and would come again."""
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, setting: bool = False) -> None:
+        """`setting`: another setting, which the hint names, would make the server take the question."""
         super().__init__(message)
         self.hint = hint
+        self.setting = setting
 
 
 class Unavailable(UserError):
     """The teacher cannot be asked at all; the hint says how that is mended."""
+
+
+def _json_object(given: Any) -> Any:
+    """A mapping as flags and environment variables give it: as JSON."""
+    if not isinstance(given, str):
+        return given
+    if not given.strip():
+        return {}
+    try:
+        value = json.loads(given)
+    except ValueError as error:
+        raise ValueError(f"this is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError("this is no JSON object")
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_json_object)]
+"""A mapping in a profile, JSON on the command line."""
 
 
 class TeacherSettings(StageConfig):
@@ -101,23 +124,67 @@ class TeacherSettings(StageConfig):
     """Longest answer in tokens; one that is cut there is never kept."""
     seed: int = Field(42, ge=0)
     """Seed of the sampling."""
-    timeout_s: Annotated[float, Runtime()] = Field(600.0, gt=0)
-    """How long one answer may take."""
+    extra_body: Annotated[JsonObject, Flag(json=True)] = Field(default_factory=dict)
+    """More keys for each request, as JSON: {"chat_template_kwargs": {"enable_thinking": false}}."""
+    stream: Annotated[bool, Runtime()] = True
+    """Read answers of a server as they are written; without it a loop or a stall is seen only at the end."""
+    timeout_s: Annotated[float, Runtime(), Flag(also=("timeout",))] = Field(120.0, gt=0)
+    """How long a server may write nothing once an answer has begun."""
+    first_token_timeout_s: Annotated[float, Runtime()] = Field(600.0, gt=0)
+    """How long the first token may take: the server may queue the request, or load its model first."""
+    deadline_s: Annotated[float, Runtime(), Flag(also=("deadline",))] = Field(0.0, ge=0)
+    """How long one answer may take in all; 0 sets no limit."""
     concurrency: Annotated[int, Runtime()] = Field(4, ge=1)
     """Questions in flight at once, at most: fewer while the teacher says that it has too much to do."""
     retries: Annotated[int, Runtime()] = Field(6, ge=0)
     """How often a failure that can pass is tried again, with growing pauses."""
 
 
+class Watch(Protocol):
+    """Sees an answer while it is written, and may have it stopped."""
+
+    def heard(self, text: str) -> bool:
+        """One more piece of the answer; True where it is to be stopped."""
+        ...
+
+    def thought(self, text: str) -> bool:
+        """One more piece of the model's thoughts, which are no part of the answer."""
+        ...
+
+    def alive(self) -> None:
+        """Something was heard just now: the silence is over."""
+        ...
+
+
+class Unwatched:
+    """Looks at nothing and stops nothing."""
+
+    def heard(self, text: str) -> bool:
+        """Go on."""
+        return False
+
+    def thought(self, text: str) -> bool:
+        """Go on."""
+        return False
+
+    def alive(self) -> None:
+        """Nobody waits for it."""
+
+
 @dataclass(frozen=True)
 class Options:
-    """What one call is made with; `row` is the prompt row the messages come from."""
+    """What one call is made with; `row` is the prompt row the messages come from.
+
+    A backend that reads an answer as it is written hands each piece to `watch`, and ends the request where
+    that says so: the Completion then holds the text so far, with the finish reason `stopped`.
+    """
 
     temperature: float
     top_p: float
     seed: int
     max_tokens: int
     row: Row
+    watch: Watch = field(default_factory=Unwatched, compare=False)
 
 
 @dataclass(frozen=True)
@@ -126,10 +193,13 @@ class Completion:
 
     text: str
     finish_reason: str
-    """`stop` where the answer came to its own end, `length` where it was cut; others as the server says."""
+    """`stop` where the answer came to its own end, `length` where it was cut, `stopped` where the watch had it
+    stopped, `repetition` where the server gave up on a loop; others as the server says, see `finish.py`."""
     prompt_tokens: int | None
     output_tokens: int | None
     seconds: float
+    adjusted: str = ""
+    """How it was asked for otherwise than the settings say, as the server would not take that: `without seed`."""
 
 
 class Backend(ABC):
@@ -138,7 +208,9 @@ class Backend(ABC):
     has_url: ClassVar[bool] = False
     """Whether it is reached over `settings.url`: then one backend is made for each address."""
     timed: ClassVar[bool] = True
-    """Whether an answer that takes longer than `timeout_s` is given up; work in this process is not."""
+    """Whether an answer is given up that does not come in time; work in this process is not."""
+    parallel_hint: ClassVar[str] = ""
+    """How its server is made to write `{slots}` answers at once."""
     holds_to_schema: bool = False
     """Whether a JSON answer is held to its contract while it is written; a server may turn out not to."""
 
@@ -149,6 +221,13 @@ class Backend(ABC):
         """
         self.settings = settings
         self.domain = domain
+        self.tell: Callable[[str], None] = lambda text: None
+        """Called with what the user should know of how the teacher had to be asked, each once."""
+
+    @property
+    def adjustments(self) -> list[str]:
+        """How its server had to be asked otherwise than the settings say: `without seed`."""
+        return []
 
     @property
     def model(self) -> str:
@@ -163,11 +242,14 @@ class Backend(ABC):
     @property
     def sampling(self) -> dict[str, Any]:
         """What changes an answer beside the backend and the model."""
-        return {
+        found: dict[str, Any] = {
             "temperature": self.settings.temperature,
             "top_p": self.settings.top_p,
             "seed": self.settings.seed,
         }
+        if self.settings.extra_body:
+            found["extra_body"] = self.settings.extra_body
+        return found
 
     @cached_property
     def fingerprint(self) -> str:

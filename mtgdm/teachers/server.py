@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 import socket
 import ssl
+import time
 from abc import abstractmethod
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
@@ -22,23 +19,36 @@ from pydantic_core import to_json
 
 from mtgdm.errors import SettingError
 from mtgdm.rows import encode
-from mtgdm.teachers.connections import Reply, connections_to
+from mtgdm.teachers.adjustments import Adjustments
+from mtgdm.teachers.connections import BodyReader, Reply, connections_to
+from mtgdm.teachers.finish import Finish
 from mtgdm.teachers.seam import Backend, Completion, Refused, Retryable, Unavailable
-from mtgdm.teachers.tokens import PromptCounts
+from mtgdm.teachers.tokens import PromptCounts, prompt_at_least
+from mtgdm.teachers.words import (
+    is_web_page,
+    said,
+    speaks_of_context,
+    speaks_of_filter,
+    speaks_of_key,
+    speaks_of_model,
+)
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from mtgdm.domain import Domain, Message
-    from mtgdm.teachers.seam import TeacherSettings
+    from mtgdm.teachers.seam import Options, TeacherSettings
+    from mtgdm.teachers.streams import AnswerReader
 
 CHECK_TIMEOUT_S = 30.0
 _PASSING = frozenset({408, 425, 429, 499})
 _OVERLOADED = frozenset({429, 503, 529})
 _FOR_EVERY_QUESTION = frozenset({401, 402, 403, 404, 405, 407})
-_LONGEST_WORDS = 300
-_TITLE = re.compile(r"<title[^>]*>([^<]+)", re.IGNORECASE)
-_TAG = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.IGNORECASE | re.DOTALL)
+LARGEST_COUNT = 1 << 31
+UNCACHED_BELOW = 128
+UNCACHED_SHARE = 0.1
+"""A count of so few tokens, and of so small a share of the least that a prompt has, is no cut prompt: no context is
+that short. Servers that count only what they had not cached say such."""
 
 
 class ServerBackend(Backend):
@@ -51,6 +61,12 @@ class ServerBackend(Backend):
     """How a server that does not answer is started or named."""
     paths: ClassVar[tuple[str, ...]]
     """Ends of an address that a user may copy along, and that are not the server's own."""
+    chat_path: ClassVar[str]
+    """Where questions go."""
+    schema_key: ClassVar[str]
+    """The field of a request that holds an answer to a schema."""
+    context_hint: ClassVar[str]
+    """What makes room for a question that does not fit into the context."""
 
     def __init__(
         self, settings: TeacherSettings, domain: Domain, *, transport: httpx.AsyncBaseTransport | None = None
@@ -61,6 +77,8 @@ class ServerBackend(Backend):
         self._url = httpx.URL(server_url(settings.url[0], self.paths))
         self._transport = transport
         self._counts = PromptCounts()
+        self._counts_uncached = False
+        self._adjustments = Adjustments(self.schema_key, lambda text: self.tell(f"{self.place} {text}"))
 
     async def __aenter__(self) -> Self:
         headers = {"Content-Type": "application/json", "Accept": "application/json"} | self._headers()
@@ -90,9 +108,85 @@ class ServerBackend(Backend):
     def _missing_model(self) -> Unavailable:
         """What to say where the server does not have the model."""
 
-    async def _ask(self, path: str, body: dict[str, Any]) -> Reply:
-        """One question; the loop above times it."""
-        return await self._send("POST", path, _encoded(body))
+    @property
+    def adjustments(self) -> list[str]:
+        """How this server is asked otherwise than the settings say."""
+        return self._adjustments.made
+
+    async def answer(
+        self, messages: Sequence[Message], contract: type[BaseModel] | None, options: Options
+    ) -> Completion:
+        """Ask once, and once more for each part of the question that the server does not take."""
+        started = time.perf_counter()
+        adjustments = self._adjustments
+        unconstrained = ""
+        while True:
+            request = adjustments.apply(
+                merged(self._request(messages, contract, options), self.settings.extra_body)
+            )
+            if unconstrained:
+                request.pop(self.schema_key, None)
+            reader = self._reader(options)
+            reply = self._read(await self._send("POST", self.chat_path, _encoded(request), reader), reader)
+            if reply.status == 200:
+                break
+            if adjustments.learn(request, reply):
+                continue
+            if not unconstrained and adjustments.suspects_schema(request, reply.status, options.row.id):
+                unconstrained = f"HTTP {reply.status}: {said(reply)}"
+                continue
+            self._raise_for(reply)
+        if unconstrained:
+            adjustments.leave_out_schema(unconstrained)
+        adjustments.answered(request)
+        self.holds_to_schema = adjustments.holds_to_schema
+        completion = self._completion(reader, round(time.perf_counter() - started, 6))
+        if adjustments.made:
+            completion = replace(completion, adjusted=", ".join(adjustments.made))
+        self._check_counts(messages, completion)
+        return completion
+
+    @abstractmethod
+    def _request(
+        self, messages: Sequence[Message], contract: type[BaseModel] | None, options: Options
+    ) -> dict[str, Any]:
+        """One question as this kind of server takes it."""
+
+    @abstractmethod
+    def _reader(self, options: Options) -> AnswerReader:
+        """What reads its reply."""
+
+    @abstractmethod
+    def _ended(self, reader: AnswerReader) -> Completion:
+        """What a reply that was read to its end holds, without its seconds; Retryable where it broke off."""
+
+    def _read(self, reply: Reply, reader: AnswerReader) -> Reply:
+        """Read what the connection did not hand over piece by piece; a failed stream becomes its error."""
+        if reply.status != 200:
+            return reply
+        if not reply.body:
+            reader.finish()
+        else:
+            reader.whole = True
+            if not reader.read_lines(reply):
+                reader.take(reply_object(reply))
+            reader.watch.alive()
+        failed = reader.failed
+        if failed is None:
+            return reply
+        failed = replace(failed, secret=self._secret)
+        if reader.pieces == 0 and failed.status != 200:
+            return failed
+        raise Retryable(f"the server says: {said(failed)}")
+
+    def _completion(self, reader: AnswerReader, seconds: float) -> Completion:
+        if reader.stopped and reader.whole:  # it is lost all the same, and its tokens were counted
+            return replace(self._ended(reader), finish_reason=Finish.STOPPED, seconds=seconds)
+        if reader.stopped:
+            return Completion(reader.text, Finish.STOPPED, None, reader.pieces, seconds)
+        if reader.overlong:
+            return Completion(reader.text, Finish.LENGTH, None, reader.pieces, seconds)
+        return replace(self._ended(reader), seconds=seconds)
 
     async def _check(self, method: str, path: str, body: dict[str, Any] | None = None) -> Reply:
         """A first request: a server that is not there stops the run, one that is busy says so."""
@@ -114,11 +208,16 @@ class ServerBackend(Backend):
             self._raise_for(reply)
         return reply
 
-    async def _send(self, method: str, path: str, body: bytes | None) -> Reply:
-        return replace(await self._connections.send(method, path, body), secret=self._secret)
+    async def _send(
+        self, method: str, path: str, body: bytes | None, reader: BodyReader | None = None
+    ) -> Reply:
+        """One request; the loop above times it."""
+        reply = await self._connections.send(method, path, body, reader)
+        secret = self._secret
+        return replace(reply, secret=secret) if secret else reply
 
     def _raise_for(self, reply: Reply) -> None:
-        """What an answer other than 200 means."""
+        """What a status other than 200 means."""
         status = reply.status
         if status == 200:
             return
@@ -129,8 +228,14 @@ class ServerBackend(Backend):
                 retry_after_s=_retry_after_s(reply),
                 overloaded=status in _OVERLOADED,
             )
-        if status == 404 and speaks_of_the_model(reply):
+        if status in (400, 404, 422) and speaks_of_model(text):
             raise self._missing_model()
+        if status in (400, 403, 422) and speaks_of_filter(text):
+            raise Refused(f"the server's content filter refuses it: HTTP {status}: {text}")
+        if status in (400, 413, 422) and speaks_of_context(text):
+            raise Refused(f"HTTP {status}: {text}", hint=self.context_hint, setting=True)
+        if status == 400 and speaks_of_key(text):
+            self._raise_unavailable(401, text, status)
         if 300 <= status < 400:
             target = reply.headers.get("location", "elsewhere")
             raise Unavailable(
@@ -140,17 +245,33 @@ class ServerBackend(Backend):
             self._raise_unavailable(status, text)
         raise Refused(f"HTTP {status}: {text}")
 
-    def _raise_unavailable(self, status: int, text: str) -> NoReturn:
+    def _raise_unavailable(self, kind: int, text: str, status: int | None = None) -> NoReturn:
+        """`kind`: the status that says what is wrong; a proxy may have said so under another."""
         raise Unavailable(
-            f"{self.place} answers HTTP {status}: {text}",
+            f"{self.place} answers HTTP {status or kind}: {text}",
             hint=f"is this the {self.kind} server? name it with --url",
         )
 
-    def _raise_where_cut(self, messages: Sequence[Message], completion: Completion, hint: str) -> None:
+    def _check_counts(self, messages: Sequence[Message], completion: Completion) -> None:
         """A prompt that the server shortened without a word is given away by its count of tokens."""
         seen = completion.prompt_tokens
-        if seen is not None and (least := self._counts.least(messages, seen)) is not None:
-            raise Refused(f"the prompt was cut: the server saw {seen} tokens of at least {least}", hint=hint)
+        if seen is None or self._counts_uncached:
+            return
+        least = self._counts.least(messages, seen)
+        if least is None:
+            return
+        if seen < UNCACHED_BELOW and seen < UNCACHED_SHARE * prompt_at_least(messages):
+            self._counts_uncached = True
+            self.tell(
+                f"{self.place} counts {seen} tokens of a prompt with at least {least}, so only what it had not cached: "
+                "whether it cuts prompts cannot be told by its counts"
+            )
+            return
+        raise Refused(
+            f"the prompt was cut: the server saw {seen} tokens of at least {least}",
+            hint=self.context_hint,
+            setting=True,
+        )
 
 
 def server_url(given: str, paths: Sequence[str] = ()) -> str:
@@ -174,18 +295,12 @@ def server_url(given: str, paths: Sequence[str] = ()) -> str:
     return text
 
 
-@cache
-def schema_of(contract: type[BaseModel]) -> dict[str, Any]:
-    """The JSON Schema that a server holds an answer to."""
-    return contract.model_json_schema()
-
-
 def reply_object(reply: Reply) -> dict[str, Any]:
     """The reply as an object; half a body, HTML or an error under status 200 can all pass."""
     try:
         value = reply.json()
     except ValueError as error:  # invalid UTF-8 is one too
-        if _is_web_page(reply):
+        if is_web_page(reply):
             raise Retryable(
                 f"the reply is not JSON but a web page ({said(reply)}): a proxy or a login page answers"
             ) from error
@@ -197,28 +312,22 @@ def reply_object(reply: Reply) -> dict[str, Any]:
     return value
 
 
-def said(reply: Reply) -> str:
-    """The server's own words for what is wrong: `{"error": "..."}`, `{"error": {"message": "..."}}`, or the body."""
-    text = reply.text
-    if _is_web_page(reply):
-        title = _TITLE.search(text)
-        text = title[1] if title else _TAG.sub(" ", text)
-    else:
-        with suppress(ValueError):
-            text = _error_text(reply.json()) or text
-    return _beginning(text.replace(reply.secret, "***") if reply.secret else text)
-
-
-def speaks_of_the_model(reply: Reply) -> bool:
-    """Whether a 404 is about the model rather than the path."""
-    text = said(reply)
-    return "model" in text and ("not found" in text or "not exist" in text)
-
-
-def count(reply: dict[str, Any], key: str) -> int | None:
-    """A count of the reply, which some servers leave out."""
+def count(reply: Mapping[str, Any], key: str) -> int | None:
+    """A count of the reply; some servers leave it out, or say 0 or -1 for it."""
     value = reply.get(key)
-    return value if isinstance(value, int) else None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST_COUNT:
+        return value
+    return None
+
+
+def merged(request: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """A request with more keys, objects inside it merged; what is given by hand goes before what is ours."""
+    for key, value in more.items():
+        ours = request.get(key)
+        request[key] = (
+            merged(dict(ours), value) if isinstance(ours, dict) and isinstance(value, dict) else value
+        )
+    return request
 
 
 def _encoded(body: dict[str, Any]) -> bytes:
@@ -226,28 +335,6 @@ def _encoded(body: dict[str, Any]) -> bytes:
         return to_json(body)  # a third of the time of json.dumps
     except ValueError:  # a lone surrogate
         return encode(body)
-
-
-def _error_text(value: Any) -> str:
-    """The words inside `{"error": ...}`; Ollama hands on what llama-server said as JSON in a text."""
-    error = value.get("error") or value.get("detail") if isinstance(value, dict) else None
-    if isinstance(error, dict) and isinstance(error.get("message"), str):
-        error = error["message"]
-    if isinstance(error, str) and error.lstrip().startswith("{"):
-        try:
-            return _error_text(json.loads(error)) or error
-        except (ValueError, RecursionError):
-            return error
-    return str(error) if error else ""
-
-
-def _is_web_page(reply: Reply) -> bool:
-    return "html" in reply.headers.get("content-type", "") or reply.body[:100].lstrip()[:1] == b"<"
-
-
-def _beginning(text: str) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= _LONGEST_WORDS else f"{words[:_LONGEST_WORDS]}…"
 
 
 def _retry_after_s(reply: Reply) -> float | None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mtgdm.contracts import fitted
 from mtgdm.tourism import english, prose
 from mtgdm.tourism.contracts import UNKNOWN, General, Itinerary
 from mtgdm.tourism.record import Detail, details_on, sentences, texts_on
@@ -20,6 +21,8 @@ INTRO_SENTENCES = 6
 _BARE_NAME = re.compile("[^。，；！？,;!?]{1,16}")
 _LATIN_NAME = re.compile("[^\u2e80-\U0003ffff]*[A-Za-z][^\u2e80-\U0003ffff]*")
 _SENTENCE_END = re.compile("[。！？.!?…][”’」』）)\"']*$")
+_CLAUSES = re.compile(r".*(?=[，；、,;\s])", re.DOTALL)
+_DIGITS_AT_END = re.compile(r"[\d.]+$")
 _RATING = re.compile(r"5A|AAAAA")
 _PAST = re.compile(r"\d{3,4}年|世纪|始建|[秦汉魏晋隋唐宋辽金元明清]代|[明清]朝|民国|年间|王朝|古称")
 _CULTURE = re.compile(r"文化|艺术|诗|传说|民俗|非遗|非物质|工艺|信仰|祭祀|民族")
@@ -181,8 +184,22 @@ def english_text(facts: Mapping[str, Any]) -> str:
 
 
 def _json(contract: type[General | Itinerary], value: dict[str, Any]) -> str:
+    value = fitted(contract, value, _shortened)
     contract.model_validate(value)  # a template that breaks its contract is a bug, never a row
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _shortened(text: str, most: int) -> str:
+    """The whole sentences of a text that so many characters hold; of one long sentence its first clauses."""
+    kept = ""
+    for sentence in sentences(text):
+        if len(kept) + len(sentence) > most:
+            break
+        kept += sentence
+    if kept:
+        return kept
+    clauses = _CLAUSES.match(text, 0, most - 1)
+    return (clauses[0] if clauses else _DIGITS_AT_END.sub("", text[: most - 1])) + "…"
 
 
 def _history(facts: Mapping[str, Any]) -> list[str]:

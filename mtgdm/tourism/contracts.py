@@ -23,8 +23,13 @@ def _inside(limit: float) -> AfterValidator:
     return AfterValidator(check)
 
 
-Text = str | None
-Texts = list[str] | None
+# A bound is about three times the longest such text of real answers, so that none is lost and a model that
+# loops inside a string soon comes to its end.
+Name = Annotated[str, Field(max_length=100)] | None
+Phrase = Annotated[str, Field(max_length=200)] | None
+Text = Annotated[str, Field(max_length=600)] | None
+Speech = Annotated[str, Field(max_length=1500)] | None
+Texts = Annotated[list[Annotated[str, Field(max_length=400)]], Field(max_length=30)] | None
 Latitude = Annotated[float, Field(allow_inf_nan=False), _inside(90)] | Literal["未知"] | None
 Longitude = Annotated[float, Field(allow_inf_nan=False), _inside(180)] | Literal["未知"] | None
 
@@ -38,9 +43,9 @@ class Answer(BaseModel):
 class Viewpoint(Answer):
     """A photo spot of a general introduction."""
 
-    theme: Text
+    theme: Name
     """主题"""
-    spot: Text
+    spot: Phrase
     """地点"""
     note: Text
     """说明"""
@@ -49,9 +54,9 @@ class Viewpoint(Answer):
 class Attraction(Answer):
     """A sight inside a spot, or the spot itself."""
 
-    name: Text
+    name: Name
     """名称"""
-    type: Text
+    type: Name
     """类型"""
     desc: Text
     """简介"""
@@ -64,9 +69,9 @@ class Attraction(Answer):
 class Route(Answer):
     """A walk through a spot."""
 
-    name: Text
+    name: Name
     """路线名"""
-    duration: Text
+    duration: Phrase
     """时长"""
     steps: Texts
     """步骤"""
@@ -79,16 +84,16 @@ class Geo(Answer):
     """纬度"""
     lon: Longitude
     """经度"""
-    hint: Text
+    hint: Phrase
     """位置"""
 
 
 class General(Answer):
     """The introduction of a spot."""
 
-    name: Text
+    name: Name
     """名称"""
-    province: Text
+    province: Name
     """省份"""
     history: Texts
     """历史，带年份"""
@@ -98,11 +103,11 @@ class General(Answer):
     """交通"""
     tickets_hours: Texts
     """票价、开放时间"""
-    photo_spots: list[Viewpoint] | None
+    photo_spots: Annotated[list[Viewpoint], Field(max_length=30)] | None
     """拍摄点"""
-    attractions: list[Attraction] | None
+    attractions: Annotated[list[Attraction], Field(max_length=30)] | None
     """看点"""
-    routes: list[Route] | None
+    routes: Annotated[list[Route], Field(max_length=30)] | None
     """路线"""
     myths: Texts
     """传说"""
@@ -113,15 +118,15 @@ class General(Answer):
 class Step(Answer):
     """One leg of an itinerary."""
 
-    from_: Text = Field(alias="from")
+    from_: Phrase = Field(alias="from")
     """起点"""
-    to: Text
+    to: Phrase
     """终点"""
-    direction: Text
+    direction: Phrase
     """方向"""
-    distance: Text
+    distance: Phrase
     """距离"""
-    duration: Text
+    duration: Phrase
     """用时"""
     lat: Latitude
     """终点纬度"""
@@ -134,30 +139,30 @@ class Step(Answer):
 class PhotoStop(Answer):
     """A photo spot of an itinerary."""
 
-    theme: Text
+    theme: Name
     """主题"""
-    spot: Text
+    spot: Phrase
     """地点"""
-    time: Text
+    time: Phrase
     """时间"""
 
 
 class Itinerary(Answer):
     """A visit, step by step."""
 
-    name: Text
+    name: Name
     """名称"""
-    route_name: Text
+    route_name: Phrase
     """路线名"""
-    total_duration: Text
+    total_duration: Phrase
     """总时长"""
-    steps: list[Step] | None
+    steps: Annotated[list[Step], Field(max_length=30)] | None
     """步骤"""
-    photo_spots: list[PhotoStop] | None
+    photo_spots: Annotated[list[PhotoStop], Field(max_length=30)] | None
     """拍摄点"""
     tips: Texts
     """建议"""
-    guide_text: Text
+    guide_text: Speech
     """讲解词"""
 
 

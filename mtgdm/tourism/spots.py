@@ -11,13 +11,14 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 from mtgdm.domain import BadRecord, Record
 from mtgdm.errors import BadRow, UserError
 from mtgdm.file_formats import HEAD_BYTES, refuse_other_formats, to_lines
+from mtgdm.tourism.coordinates import read_coordinates
 from mtgdm.tourism.record import Detail, Facts, topic
 
 EXAMPLE = '{"name":"故宫博物院","province":"北京市","text_zh":{"short_intro":"…"}}'
@@ -25,12 +26,17 @@ EXAMPLE = '{"name":"故宫博物院","province":"北京市","text_zh":{"short_in
 MAX_DEPTH = 64
 """Of nested details; more is a program gone wrong, not a collector's record."""
 
+LONGEST_NUMBER = 4000
+"""Digits; a longer number is kept as text."""
+
 _READ_KEYS = frozenset(
     {"name", "province", "city", "lat", "lon", "geo", "text_zh"}
     | {"name_en", "level", "year_5a", "unesco", "types", "best_season"}
 )
 _NAME_KEYS = ("name", "title", "名称", "标题")
 _DESCRIPTION_KEYS = {"desc", "description", "intro", "text", "content", "note", "简介", "介绍", "说明"}
+_WORD_KEYS = ("name", "text", "zh", "content", "value", "名称", "title")
+_SENTENCE_END = re.compile("[。！？.!?…][”’」』）)]*$")
 _BOM = b"\xef\xbb\xbf"
 _BECOMES = "spots.jsonl"
 
@@ -42,6 +48,10 @@ class _BadSpot(Exception):
         super().__init__(reason)
         self.reason = reason
         self.hint = hint
+
+
+class _TooDeepError(ValueError):
+    """Details that no collector has written."""
 
 
 def read(path: Path, on_bad: BadRecord) -> Iterator[Record]:
@@ -71,7 +81,9 @@ def read(path: Path, on_bad: BadRecord) -> Iterator[Record]:
                 continue
             seen = True
             try:
-                yield _record(_parse(line, path.name))
+                spot = _Spot(_parse(line, path.name))
+                unread = tuple(BadRow(path, number, reason) for reason in spot.unread)
+                yield Record(spot.name, spot.facts["province"], dict(spot.facts), unread)
             except _BadSpot as bad:
                 on_bad(BadRow(path, number, bad.reason, hint=bad.hint))
             except RecursionError:
@@ -106,40 +118,89 @@ def _parse(line: bytes, file_name: str) -> dict[str, Any]:
     return value
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")
+def _whole(digits: str) -> int | str:
+    # Python refuses more than 4,300 digits; no number of a spot has them.
+    return int(digits) if len(digits) <= LONGEST_NUMBER else digits
 
 
-# Not strict: a raw tab or newline code inside a string is mess, not damage, and `clean` removes it.
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant)
+def _finite(digits: str) -> float | str:
+    number = float(digits)
+    return number if math.isfinite(number) else digits
 
 
-def _record(spot: Mapping[str, Any]) -> Record:
-    name = _name(spot)
-    province = _text(spot, "province")
-    lat, lon = _coordinates(spot)
-    intro, details = _texts(spot)
-    seasons = [detail["text"] for detail in details if topic(detail["label"]) == "season"]
-    facts: Facts = {
-        "name": name,
-        "name_en": _optional_text(spot.get("name_en")),
-        "province": province,
-        "city": _text(spot, "city"),
-        "lat": lat,
-        "lon": lon,
-        "level": _optional_text(spot.get("level")),
-        "year_5a": _year(spot.get("year_5a")),
-        "unesco": spot["unesco"] if isinstance(spot.get("unesco"), bool) else None,
-        "types": _types(spot.get("types")),
-        "best_season": _optional_text(spot.get("best_season")),
-        "intro": intro,
-        "details": details,
-        "extra": _extra(spot),
-    }
-    if facts["best_season"] is None and seasons:
-        facts["best_season"] = "；".join(seasons)
-        facts["details"] = [detail for detail in details if topic(detail["label"]) != "season"]
-    return Record(name=name, region=province, facts=dict(facts))
+# Not strict: a raw tab or newline code inside a string is mess, not damage, and `clean` removes it. NaN is what
+# many programs write for a number that they do not know.
+_DECODER = json.JSONDecoder(
+    strict=False, parse_constant=lambda name: None, parse_int=_whole, parse_float=_finite
+)
+
+
+_Value = TypeVar("_Value")
+
+
+class _Spot:
+    """One record: its name, its facts, and the optional fields that could not be read."""
+
+    def __init__(self, spot: Mapping[str, Any]) -> None:
+        self._spot = spot
+        self.unread: list[str] = []
+        self.name = _name(spot)
+        self.facts = self._facts()
+
+    def _facts(self) -> Facts:
+        spot = self._spot
+        coordinates = read_coordinates(spot)
+        if coordinates.problem is not None:
+            self.unread.append(coordinates.problem)
+        lat, lon = coordinates.pair or (None, None)
+        intro, details = self._texts()
+        seasons = [detail["text"] for detail in details if topic(detail["label"]) == "season"]
+        facts: Facts = {
+            "name": self.name,
+            "name_en": self._words("name_en"),
+            "province": self._words("province"),
+            "city": self._words("city"),
+            "lat": lat,
+            "lon": lon,
+            "level": self._words("level"),
+            "year_5a": self._read("year_5a", _year),
+            "unesco": self._read("unesco", _yes_or_no),
+            "types": self._read("types", _types) or [],
+            "best_season": self._words("best_season"),
+            "intro": intro,
+            "details": details,
+            "extra": _extra(spot, coordinates.keys if coordinates.pair else frozenset()),
+        }
+        if facts["best_season"] is None and seasons:
+            facts["best_season"] = "；".join(seasons)
+            facts["details"] = [detail for detail in details if topic(detail["label"]) != "season"]
+        return facts
+
+    def _words(self, key: str, values: Mapping[str, Any] | None = None) -> str | None:
+        return self._read(key, _words, values)
+
+    def _read(
+        self, key: str, read: Callable[[Any], _Value | None], values: Mapping[str, Any] | None = None
+    ) -> _Value | None:
+        """An optional field; what is there and cannot be read is noted and left out."""
+        value = (self._spot if values is None else values).get(key)
+        if value is None or value in ("", [], {}):
+            return None
+        found = read(value)
+        if found is None and not (isinstance(value, str) and not clean(value)):
+            self.unread.append(f"'{key}' is {_kind(value)} that cannot be read: {_shown(value)}")
+        return found
+
+    def _texts(self) -> tuple[str | None, list[Detail]]:
+        texts = self._spot.get("text_zh")
+        if not isinstance(texts, Mapping):
+            return self._words("text_zh"), []
+        try:
+            details = list(_flat(texts.get("details"), ""))
+        except _TooDeepError as deep:
+            self.unread.append(str(deep))
+            details = []
+        return self._words("short_intro", texts), details
 
 
 def _name(spot: Mapping[str, Any]) -> str:
@@ -154,82 +215,53 @@ def _name(spot: Mapping[str, Any]) -> str:
     return name
 
 
-def _text(spot: Mapping[str, Any], key: str) -> str | None:
-    value = spot.get(key)
-    if value is not None and not isinstance(value, str):
-        raise _BadSpot(f"'{key}' is {_kind(value)}, not text")
-    return clean(value) or None if value is not None else None
-
-
-def _optional_text(value: Any) -> str | None:
+def _words(value: Any) -> str | None:
+    """A text, the texts of a list as one, or the one text of an object that carries its words."""
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in _WORD_KEYS if isinstance(value.get(key), str)), None)
+    if isinstance(value, list):
+        if not all(isinstance(one, str) for one in value):
+            return None
+        texts = [text for one in value if (text := clean(one))]
+        # Sentences follow one another; names are listed.
+        return ("" if all(_SENTENCE_END.search(text) for text in texts) else "、").join(texts) or None
     return clean(value) or None if isinstance(value, str) else None
 
 
 def _year(value: Any) -> int | None:
     if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d{4})\s*年?\s*", value)):
         value = int(found[1])
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 1900 <= value <= 2100 else None
 
 
-def _types(value: Any) -> list[str]:
+def _yes_or_no(value: Any) -> bool | None:
+    words = {
+        "true": True,
+        "yes": True,
+        "是": True,
+        "1": True,
+        "false": False,
+        "no": False,
+        "否": False,
+        "0": False,
+    }
+    return value if isinstance(value, bool) else words.get(str(value).strip().lower())
+
+
+def _types(value: Any) -> list[str] | None:
     if isinstance(value, str):
         value = re.split(r"[;；、,，/]", value)
     if not isinstance(value, list):
-        return []
-    return [word for item in value if isinstance(item, str) and (word := clean(item))]
-
-
-def _coordinates(spot: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    geo = spot.get("geo")
-    if geo is not None and not isinstance(geo, dict):
-        raise _BadSpot(f"'geo' is {_kind(geo)}, not an object with lat and lon")
-    inside = geo or {}
-    lat, lon = (
-        _number(key, spot.get(key) if _given(spot.get(key)) else inside.get(key)) for key in ("lat", "lon")
-    )
-    if lat is not None and not -90 <= lat <= 90:
-        swapped = lon is not None and -90 <= lon <= 90 and -180 <= lat <= 180
-        raise _BadSpot(
-            f"'lat' {lat:g} is not between -90 and 90", "are lat and lon swapped?" if swapped else None
-        )
-    if lon is not None and not -180 <= lon <= 180:
-        raise _BadSpot(f"'lon' {lon:g} is not between -180 and 180")
-    if (lat is None) != (lon is None):
-        raise _BadSpot("only one of 'lat' and 'lon' is given")
-    return lat, lon
-
-
-def _given(value: Any) -> bool:
-    return value is not None and not (isinstance(value, str) and not value.strip())
-
-
-def _number(key: str, value: Any) -> float | None:
-    if not _given(value):
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise _BadSpot(f"'{key}' is {_kind(value)}, not a number")
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise _BadSpot(f"'{key}' {_shown(value)} is not a number") from None
-    if not math.isfinite(number):
-        raise _BadSpot(f"'{key}' {_shown(value)} is not a number")
-    return number
-
-
-def _texts(spot: Mapping[str, Any]) -> tuple[str | None, list[Detail]]:
-    texts = spot.get("text_zh")
-    if texts is None:
-        return None, []
-    if not isinstance(texts, dict):
-        raise _BadSpot(f"'text_zh' is {_kind(texts)}, not an object with short_intro and details")
-    return _text(texts, "short_intro"), list(_flat(texts.get("details"), ""))
+    return [word for item in value if isinstance(item, str) and (word := clean(item))]
 
 
 def _flat(value: Any, label: str, depth: int = 1) -> Iterator[Detail]:
     """Nested details as labelled texts; the labels of the path are joined by a space."""
     if depth > MAX_DEPTH:
-        raise _BadSpot(f"'details' is nested deeper than {MAX_DEPTH} levels")
+        raise _TooDeepError(f"'details' is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _flat(inner, f"{label} {clean(key)}".strip(), depth + 1)
@@ -266,8 +298,8 @@ def _scalar(value: float | bool) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-def _extra(spot: Mapping[str, Any]) -> str | None:
-    extra = {key: value for key, value in spot.items() if key not in _READ_KEYS}
+def _extra(spot: Mapping[str, Any], read: frozenset[str]) -> str | None:
+    extra = {key: value for key, value in spot.items() if key not in _READ_KEYS | read}
     texts = spot.get("text_zh")
     if isinstance(texts, dict) and (
         more := {k: v for k, v in texts.items() if k not in ("short_intro", "details")}

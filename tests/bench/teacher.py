@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+TOKENS = 75
+LOOP_TOKENS = 300
 PEERS = Path(__file__).parent / "peers"
 ENVIRONMENT = {
     key: value
@@ -34,6 +36,7 @@ class Run:
     cpu_ms_per_row: float
     span_s: float
     most_open: int
+    tokens: int
 
 
 class Rows:
@@ -79,10 +82,15 @@ def mtgdm(workspace: Path, *arguments: str) -> None:
     subprocess.run(command, cwd=workspace, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
 
 
-def ours(url: str, workspace: Path, slots: int) -> None:
-    """The command line as users have it, with every check."""
+def ours(url: str, workspace: Path, slots: int, *more: str) -> None:
+    """The command line as users have it, with every check, its answers streamed."""
     server = ("--backend", "ollama", "--model", "teacher", "--url", url)
-    mtgdm(workspace, "teacher", *server, "--concurrency", str(slots))
+    mtgdm(workspace, "teacher", *server, "--concurrency", str(slots), *more)
+
+
+def ours_whole(url: str, workspace: Path, slots: int) -> None:
+    """The same, each answer in one piece."""
+    ours(url, workspace, slots, "--no-stream")
 
 
 def shared_httpx(url: str, workspace: Path, slots: int, *kept: int) -> None:
@@ -98,8 +106,8 @@ def shared_httpx_kept(url: str, workspace: Path, slots: int) -> None:
 
 
 @contextmanager
-def server(answers: Path, latency_s: float) -> Iterator[str]:
-    command = [sys.executable, str(PEERS / "mock_ollama.py"), str(answers), str(latency_s)]
+def server(answers: Path, latency_s: float, *more: float) -> Iterator[str]:
+    command = [sys.executable, str(PEERS / "mock_ollama.py"), str(answers), *map(str, (latency_s, *more))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -108,7 +116,9 @@ def server(answers: Path, latency_s: float) -> Iterator[str]:
             process.terminate()
 
 
-def run(client: Client, rows: Rows, count: int, url: str, slots: int, *, typed: bool) -> Run:
+def run(
+    client: Client, rows: Rows, count: int, url: str, slots: int, *, typed: bool, once: bool = True
+) -> Run:
     """A client in a workspace of its own; every row must be answered there, and asked for once."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
@@ -117,12 +127,12 @@ def run(client: Client, rows: Rows, count: int, url: str, slots: int, *, typed: 
         client(url, Path(folder), slots)
         after = os.times()
         with (data / "teacher.jsonl").open("rb") as file:
-            assert sum(1 for _ in file) == count
+            assert sum(1 for _ in file) == count or not once
     with urllib.request.urlopen(f"{url}/span") as response:
         seen = json.load(response)
-    assert seen["answers"] == count, seen
+    assert seen["answers"] == count or not once, seen
     cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
-    return Run(cpu_s / count * 1000, seen["span_s"], seen["most_open"])
+    return Run(cpu_s / count * 1000, seen["span_s"], seen["most_open"], seen["tokens"])
 
 
 def pace(rows: Rows, runs: int, count: int, latency_s: float, slots: int) -> None:
@@ -142,23 +152,43 @@ def cpu(rows: Rows, runs: int, count: int, latency_s: float, slots: int) -> None
         "a shared httpx client as it is made": shared_httpx,
         "a shared httpx client that keeps all its connections": shared_httpx_kept,
     }
-    own = {
-        "mtgdm teacher, rows without a contract": False,
-        "mtgdm teacher, rows with contracts and facts": True,
+    own: dict[str, tuple[Client, bool]] = {
+        "mtgdm teacher in one piece, rows without a contract": (ours_whole, False),
+        "mtgdm teacher, rows without a contract": (ours, False),
+        "mtgdm teacher in one piece, rows with contracts and facts": (ours_whole, True),
+        "mtgdm teacher, rows with contracts and facts": (ours, True),
     }
     found: dict[str, list[float]] = {name: [] for name in (*usual, *own)}
     with server(rows.answers, latency_s) as url:
         for _ in range(runs):
             for name, client in usual.items():
                 found[name].append(run(client, rows, count, url, slots, typed=True).cpu_ms_per_row)
-            for name, typed in own.items():
-                found[name].append(run(ours, rows, count, url, slots, typed=typed).cpu_ms_per_row)
-    print(f"{count:,} rows, {latency_s * 1000:.0f} ms, {slots} slots: CPU a row")
+            for name, (client, typed) in own.items():
+                found[name].append(run(client, rows, count, url, slots, typed=typed).cpu_ms_per_row)
+    print(f"{count:,} rows of {TOKENS} tokens, {latency_s * 1000:.0f} ms, {slots} slots: CPU a row")
     for name in found:
         print(f"  {name}: {statistics.median(found[name]):.2f} ms")
         for peer in usual if name in own else ():
             ratios = [mine / theirs for mine, theirs in zip(found[name], found[peer], strict=True)]
             print(f"    against {peer}: {shown(ratios)}")
+    for kind in ("without a contract", "with contracts and facts"):
+        streamed, whole = (found[f"mtgdm teacher{how}, rows {kind}"] for how in ("", " in one piece"))
+        ratios = [one / other for one, other in zip(streamed, whole, strict=True)]
+        print(f"  streamed against in one piece, rows {kind}: {shown(ratios)}")
+
+
+def loops(rows: Rows, runs: int, count: int, share: float, slots: int) -> None:
+    """What loops cost: each would go on to its limit of tokens."""
+    found: list[dict[bool, Run]] = []
+    for _ in range(runs):
+        one = {}
+        for looping in (False, True):
+            more = (LOOP_TOKENS, share if looping else 0.0)
+            with server(rows.answers, 0.3, *more) as url:
+                one[looping] = run(ours, rows, count, url, slots, typed=True, once=not looping)
+        found.append(one)
+    print(f"{count:,} rows of {LOOP_TOKENS} tokens, {share:.0%} of the answers loop: tokens against none")
+    print(f"  {shown([one[True].tokens / one[False].tokens for one in found])}")
 
 
 def shown(ratios: list[float]) -> str:
@@ -175,6 +205,7 @@ def main() -> None:
         rows = Rows(Path(folder))
         pace(rows, runs, count=1_000, latency_s=0.1, slots=32)
         cpu(rows, runs, count=10_000, latency_s=0.02, slots=64)
+        loops(rows, runs, count=1_000, share=0.05, slots=32)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from mtgdm.contracts import cut_at_bound
 from mtgdm.domain import Record, answer_problem
 from mtgdm.tourism import Tourism
 from mtgdm.tourism.record import sentences, topic
@@ -180,3 +181,43 @@ def test_sentences_are_whole(text: str, parts: list[str]) -> None:
 )
 def test_a_label_has_a_topic(label: str, subject: str | None) -> None:
     assert topic(label) == subject
+
+
+LONG: list[dict[str, Any]] = [
+    {"short_intro": "湖水清澈，建于1420年，" * 300},
+    {"short_intro": "山" * 3000},
+    {"details": {"历史": "1420年建成，后来重修。" * 90, "交通": "乘地铁1号线到达。" * 200}},
+    {"details": {"门票": ["成人票60元。"] * 80, "路线": ["南门至北门，步行。" * 40] * 60}},
+    {
+        "details": {
+            "景点": [{"name": f"第{number}殿", "desc": "始建于1420年的殿" * 90} for number in range(50)]
+        }
+    },
+    {"details": {"拍摄 " + "深" * 150: "日出时的湖面" * 60}},
+]
+
+
+@pytest.mark.parametrize("texts", LONG)
+def test_a_record_of_any_length_gets_answers_within_their_bounds(
+    texts: dict[str, Any], read_spots: ReadSpots, tourism: Tourism
+) -> None:
+    facts = facts_of(read_spots, {"name": "甲湖" * 60, "province": "山东省", "text_zh": texts})
+    for prompt_type in tourism.types:
+        answer = tourism.answer(facts, prompt_type)
+        assert answer_problem(tourism, prompt_type, answer) is None
+        assert tourism.check_facts(facts, prompt_type, answer).unsupported == ()
+        contract = tourism.contract(prompt_type)
+        assert contract is None or cut_at_bound(contract, answer) is None
+
+
+def test_a_text_beyond_its_bound_is_cut_between_sentences_and_clauses(
+    read_spots: ReadSpots, tourism: Tourism
+) -> None:
+    told = {"历史": "一" * 300 + "。" + "二" * 300 + "。", "文化": "长句，" * 200 + "完。"}
+    facts = facts_of(read_spots, {"name": "甲湖", "text_zh": {"details": {"门票": told["历史"], **told}}})
+    general = json.loads(tourism.answer(facts, "general"))
+    assert general["history"] == ["一" * 300 + "。", "二" * 300 + "。"]
+    assert general["tickets_hours"] == ["门票：" + "一" * 300 + "。"]
+    (culture,) = general["culture"]
+    assert culture.endswith("长句…")
+    assert len(culture) < 400

@@ -119,10 +119,6 @@ MESSY: dict[str, tuple[Any, dict[str, Any]]] = {
         {"name": "甲", "year_5a": "2007年", "unesco": True, "types": "山岳;湖泊", "level": "5A"},
         {"year_5a": 2007, "unesco": True, "types": ["山岳", "湖泊"], "level": "5A", "extra": None},
     ),
-    "extras of another type": (
-        {"name": "甲", "year_5a": [2007], "unesco": "y", "types": {"a": 1}, "name_en": 5, "best_season": 3},
-        {"year_5a": None, "unesco": None, "types": [], "name_en": None, "best_season": None},
-    ),
     "other keys are kept": (
         {"name": "甲", "source": "网", "text_zh": {"short_intro": "话", "long": "长"}},
         {"intro": "话", "extra": '{"source":"网","text_zh":{"long":"长"}}'},
@@ -158,43 +154,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a null name": ({"name": None}, "'name' is null, not text"),
     "a number as name": ({"name": 5}, "'name' is a number, not text"),
     "a blank name": ({"name": " \u200b&nbsp;"}, "'name' is blank"),
-    "texts as text": (
-        {"name": "甲", "text_zh": "山"},
-        "'text_zh' is text, not an object with short_intro and details",
-    ),
-    "texts as a list": (
-        {"name": "甲", "text_zh": []},
-        "'text_zh' is a list, not an object with short_intro and details",
-    ),
-    "an introduction as list": (
-        {"name": "甲", "text_zh": {"short_intro": ["山"]}},
-        "'short_intro' is a list, not text",
-    ),
-    "province of wrong type": ({"name": "甲", "province": ["山东省"]}, "'province' is a list, not text"),
-    "city of wrong type": ({"name": "甲", "city": 37}, "'city' is a number, not text"),
-    "NaN": ('{"name":"甲","lat":NaN,"lon":1}', "not JSON: NaN is not a JSON value"),
-    "Infinity": ('{"name":"甲","x":-Infinity}', "not JSON: -Infinity is not a JSON value"),
-    "an infinite number": ('{"name":"甲","lat":1e999,"lon":1}', "'lat' inf is not a number"),
-    "a word as latitude": ({"name": "甲", "lat": "北纬36度", "lon": 1}, "'lat' '北纬36度' is not a number"),
-    "NaN as text": ({"name": "甲", "lat": "nan", "lon": 1}, "'lat' 'nan' is not a number"),
-    "true as longitude": ({"name": "甲", "lat": 1, "lon": True}, "'lon' is true or false, not a number"),
-    "a list as latitude": ({"name": "甲", "lat": [1], "lon": 2}, "'lat' is a list, not a number"),
-    "geo as list": ({"name": "甲", "geo": [1, 2]}, "'geo' is a list, not an object with lat and lon"),
-    "latitude out of range": (
-        {"name": "甲", "lat": 117.1, "lon": 36.2},
-        "'lat' 117.1 is not between -90 and 90",
-    ),
-    "longitude out of range": (
-        {"name": "甲", "geo": {"lat": 1, "lon": 181}},
-        "'lon' 181 is not between -180 and 180",
-    ),
-    "half a coordinate": ({"name": "甲", "lat": 36.2}, "only one of 'lat' and 'lon' is given"),
     "nested too deep": ('{"name":' + "[" * 100_000, "nested too deep to be read"),
-    "details nested too deep": (
-        '{"name":"甲","text_zh":{"details":' + '{"a":' * 70 + "1" + "}" * 72,
-        "'details' is nested deeper than 64 levels",
-    ),
-    "a giant number": ('{"name":"甲","x":' + "9" * 5000 + "}", "not JSON: Exceeds the limit"),
 }
 
 
@@ -214,6 +174,86 @@ def test_a_messy_record_is_read_and_asked_and_answered(
         answer = tourism.answer(record.facts, prompt.type)
         assert answer_problem(tourism, prompt.type, answer) is None, answer
         assert tourism.check_facts(record.facts, prompt.type, answer).unsupported == ()
+
+
+# The line, what is read of it, and the beginnings of what is said of the rest.
+UNREAD: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
+    "texts as text": ({"name": "甲", "text_zh": "一座山。"}, {"intro": "一座山。", "details": []}, []),
+    "texts as a list": ({"name": "甲", "text_zh": ["一。", "二。"]}, {"intro": "一。二。"}, []),
+    "texts as an empty list": ({"name": "甲", "text_zh": []}, {"intro": None, "details": []}, []),
+    "texts as a number": ({"name": "甲", "text_zh": 5}, {"intro": None}, ["'text_zh' is a number"]),
+    "an introduction as list": ({"name": "甲", "text_zh": {"short_intro": ["山"]}}, {"intro": "山"}, []),
+    "an introduction as number": (
+        {"name": "甲", "text_zh": {"short_intro": 5, "details": {"历史": "话"}}},
+        {"intro": None, "details": [{"label": "历史", "text": "话"}]},
+        ["'short_intro' is a number"],
+    ),
+    "details as a list": (
+        {"name": "甲", "text_zh": {"details": ["一", {"历史": "二"}, 3, None]}},
+        {
+            "details": [
+                {"label": "详情", "text": "一"},
+                {"label": "历史", "text": "二"},
+                {"label": "详情", "text": "3"},
+            ]
+        },
+        [],
+    ),
+    "details nested too deep": (
+        '{"name":"甲","text_zh":{"short_intro":"话","details":' + '{"a":' * 70 + "1" + "}" * 72,
+        {"intro": "话", "details": []},
+        ["'details' is nested deeper than 64 levels"],
+    ),
+    "a province in a list": ({"name": "甲", "province": ["山东省"]}, {"province": "山东省"}, []),
+    "a province in an object": ({"name": "甲", "province": {"name": "山东省", "code": 37}}, {"province": "山东省"}, []),
+    "a province as number": ({"name": "甲", "province": 370000}, {"province": None}, ["'province' is a number"]),
+    "a city as number": ({"name": "甲", "city": 37}, {"city": None}, ["'city' is a number"]),
+    "NaN": ('{"name":"甲","lat":NaN,"lon":NaN,"city":NaN}', {"lat": None, "lon": None, "city": None}, []),
+    "Infinity": ('{"name":"甲","x":-Infinity}', {"extra": '{"x":null}'}, []),
+    "a giant number": ('{"name":"甲","x":' + "9" * 5000 + "}", {"extra": '{"x":"' + "9" * 5000 + '"}'}, []),
+    "years": ({"name": "甲", "year_5a": 2007.0}, {"year_5a": 2007}, []),
+    "a word for yes": ({"name": "甲", "unesco": "是"}, {"unesco": True}, []),
+    "extras of another type": (
+        {"name": "甲", "year_5a": [2007], "unesco": "y", "types": {"a": 1}, "name_en": 5, "best_season": 3},
+        {"year_5a": None, "unesco": None, "types": [], "name_en": None, "best_season": None},
+        ["'name_en' is a number", "'year_5a' is a list", "'unesco' is text", "'types' is an", "'best_season' is"],
+    ),
+    "a word as latitude": (
+        {"name": "甲", "lat": "山顶", "lon": 1, "city": "乙"},
+        {"lat": None, "lon": None, "city": "乙"},
+        ["'lat' '山顶' is no coordinate"],
+    ),
+    "half a coordinate": (
+        {"name": "甲", "lat": 36.2},
+        {"lat": None, "lon": None},
+        ["only one of latitude and longitude is given"],
+    ),
+    "a pair in no order": ({"name": "甲", "geo": [1, 2]}, {"lat": None}, ["'geo' [1, 2] is no coordinate"]),
+    "other names": (
+        {"name": "甲", "longitude": "120.1", "latitude": "30.2", "id": 1},
+        {"lat": 30.2, "lon": 120.1, "extra": '{"id":1}'},
+        [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_a_record_is_kept_whatever_its_optional_fields_hold(
+    case: str, read_spots: ReadSpots, tourism: Tourism
+) -> None:
+    line, expected, unread = UNREAD[case]
+    records, bad = read_spots(FULL, line)
+    assert not bad
+    record = records[1]
+    assert {key: record.facts[key] for key in expected} == expected
+    assert [found.line for found in record.unread] == [2] * len(unread)
+    for found, beginning in zip(record.unread, unread, strict=True):
+        assert found.reason.startswith(beginning)
+        assert len(str(found)) < 300
+    json.dumps(record.facts, ensure_ascii=False, allow_nan=False).encode()
+    for prompt in tourism.prompts(record):
+        answer = tourism.answer(record.facts, prompt.type)
+        assert answer_problem(tourism, prompt.type, answer) is None, answer
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -308,11 +348,6 @@ def test_an_array_on_one_line_is_one_bad_line_with_a_way_out(read_spots: ReadSpo
     _, bad = read_spots([FULL, FULL])
     assert len(bad) == 1
     assert "jq -c '.[]' spots.jsonl" in (bad[0].hint or "")
-
-
-def test_swapped_coordinates_are_hinted_at(read_spots: ReadSpots) -> None:
-    _, bad = read_spots({"name": "甲", "lat": 117.1, "lon": 36.2})
-    assert bad[0].hint == "are lat and lon swapped?"
 
 
 def test_a_missing_file_and_a_folder_are_clear_errors(tmp_path: Path) -> None:
