@@ -75,7 +75,8 @@ def _holds(condition: str, scope: dict[str, Any]) -> bool:
             "and (eq (len (slice $.Messages $i)) 1)": len(scope["messages"]) - 1,
         }
         is_there = scope["number"] == places[condition.removesuffix(_AFTER_SYSTEM)]
-        return is_there and scope["messages"][0]["role"] == "system"
+        first: str = scope["messages"][0]["role"]
+        return is_there and first == "system"
     found = re.fullmatch(r'eq \.Role "(\w+)"', condition)
     assert found is not None, condition
     return role == found[1]

@@ -480,7 +480,7 @@ def _render_jinja(template: str, messages: list[JsonObject], *, thinks: bool | N
     """The prompt as llama.cpp's server renders it: asked to think or not where the template offers that."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    switch = {} if thinks is None else {"enable_thinking": thinks}
+    switch: dict[str, Any] = {} if thinks is None else {"enable_thinking": thinks}
     texts: Any = render_jinja_template(
         conversations=[messages], chat_template=template, add_generation_prompt=True, **switch
     )[0]

@@ -91,7 +91,7 @@ def test_every_answer_is_trained_after_the_prompt_that_asks_for_it(
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     found = list(trained_turns(chat, messages))
     assert [ids for ids, _ in found] == [chat.prompt(messages[:place]) for place in answers]
-    end = chat.tokenizer.decode([chat.end_of_turn])
+    end = str(chat.tokenizer.decode([chat.end_of_turn]))
     for (_, text), place in zip(found, answers, strict=True):
         assert text.endswith(end)
         assert text.removesuffix(end).strip() == messages[place]["content"].strip()
@@ -132,14 +132,15 @@ def test_the_template_is_the_same_whatever_a_server_passes_to_it_and_on_whatever
 ) -> None:
     chat = chat_by(tokenizer, TEMPLATES[family], thoughts=thoughts)
     asked = chat.render([SYSTEM, QUESTION], True)
-    for name, value in (
-        ("enable_thinking", True),
-        ("enable_thinking", False),
-        ("thinking", True),
-        ("date_string", "1 Jan 2030"),
-    ):
+    passed: list[dict[str, Any]] = [
+        {"enable_thinking": True},
+        {"enable_thinking": False},
+        {"thinking": True},
+        {"date_string": "1 Jan 2030"},
+    ]
+    for variables in passed:
         text = chat.tokenizer.apply_chat_template(
-            [SYSTEM, QUESTION], tokenize=False, add_generation_prompt=True, **{name: value}
+            [SYSTEM, QUESTION], tokenize=False, add_generation_prompt=True, **variables
         )
         assert text == asked
     assert f"{datetime.now():%Y}" not in asked.replace("2024", "")

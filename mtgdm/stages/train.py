@@ -497,10 +497,11 @@ def _examples(
     """What is trained and checked on, guarded, measured and shown in the log (or on the terminal)."""
     from mtgdm.student import examples
 
-    encoded = {name: examples.encode_rows(split[name], chat) for name in ("train", "val")}
+    splits: tuple[Split, ...] = ("train", "val")
+    encoded = {name: examples.encode_rows(split[name], chat) for name in splits}
     for line in chat.decided:
         context.print(f"chat template: {line}")
-    apart = [name for name in ("train", "val") if len(encoded[name]) > len(split[name])]
+    apart = [name for name in splits if len(encoded[name]) > len(split[name])]
     if apart:
         counts = ", ".join(
             f"{len(split[name]):,} rows of {name} make {len(encoded[name]):,}" for name in apart

@@ -240,18 +240,15 @@ class Chat:
         prompt = self._render(_as_asked(messages[:-1]), ask=True)
         text = self._answered(messages)
         answer = _answer(messages[-1])
-        end = None
-        for form in _forms(answer):
-            if end := re.search(
-                rf"{re.escape(form)}(?P<end>{self._end_of_turn_pattern.pattern}).*\Z", text, re.S
-            ):
-                break
-        else:
-            self._refuse(answer, text)
-        written = self._to_write(messages[-1], prompt).removesuffix(answer) + form + end["end"]
+        written = self._to_write(messages[-1], prompt).removesuffix(answer) + self._ended(answer, text)
         return _Placed(prompt + written, [(len(prompt), len(prompt + written))])
 
-    def _refuse(self, answer: str, text: str) -> None:
+    def _ended(self, answer: str, text: str) -> str:
+        """An answer as a template writes it at the end of a text, with its end of turn."""
+        end = self._end_of_turn_pattern.pattern
+        for form in _forms(answer):
+            if found := re.search(rf"(?P<ended>{re.escape(form)}(?:{end})).*\Z", text, re.DOTALL):
+                return found["ended"]
         if not any(form in text for form in _forms(answer)):
             raise ChatProblem(f"the chat template of {self.name} changes the text of an answer")
         raise ChatProblem(
@@ -338,7 +335,8 @@ def _trained(messages: Sequence[Message]) -> list[int]:
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise ChatProblem("the row has no answer to train on")
-    trained = [place for place in answers if messages[place].get("weight") != 0]
+    weights: dict[int, Any] = {place: messages[place].get("weight") for place in answers}
+    trained = [place for place in answers if weights[place] != 0]
     if not trained:
         raise ChatProblem("every answer of the row has the weight 0: nothing of it is to be trained")
     return trained
