@@ -18,6 +18,7 @@ from mtgdm.export import lora
 from mtgdm.export.merge import Merged, merge
 from mtgdm.stages.package import run as package
 from mtgdm.student import adapter_files, base, generation
+from mtgdm.student.chat import Chat
 from mtgdm.student.noise import quiet
 from mtgdm.testing import run as run_stage
 from tests.conftest import write_lines
@@ -53,13 +54,14 @@ def adapter(model: Path, folder: Path, *, extra: int = 0, **settings: Any) -> Pa
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.05)
-        adapted.save_pretrained(folder)
+        adapted.save_pretrained(str(folder))
     return folder
 
 
 def merged(model: Path, folder: Path, out: Path, dtype: Any = "auto") -> Merged:
     with quiet():
-        return merge(folder, str(model), "base", base.load_tokenizer(str(model), "base"), dtype, out)
+        chat = Chat(base.load_tokenizer(str(model), "base"), "base")
+        return merge(folder, str(model), "base", chat, dtype, out)
 
 
 def as_axolotl(model: Path, folder: Path) -> None:
