@@ -241,7 +241,7 @@ def with_adapter(model: PreTrainedModel, source: str, base_name: str) -> PeftMod
 def _fit_vocabulary(model: PreTrainedModel, adapter: Path, base_name: str) -> None:
     """Give the base as many tokens as it had when the adapter was trained, which holds the embeddings of the new."""
     embeddings: Any = model.get_input_embeddings()
-    known = int(embeddings.weight.shape[0])
+    known: int = embeddings.weight.shape[0]
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     wanted = adapter_files.check_vocabulary(adapter, known, base_name, tied=tied)
     if wanted != known:
