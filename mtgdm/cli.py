@@ -61,6 +61,8 @@ _EXTRAS = {
 }
 FIRST_TOLD_S = 5.0
 """So long another process than the first waits before it tells an error: torchrun looks ten times a second."""
+_FIRST_PROFILE, _FIRST_REAL_PROFILE = "quickstart", "qwen2.5-0.5b"
+"""What newcomers run first, and next."""
 _COMPLETING = "_MTGDM_COMPLETE"
 """Set by the shell while it asks for completions, where a warning would land in the user's prompt."""
 _ARGUMENTS = "_TYPER_COMPLETE_ARGS"
@@ -287,7 +289,7 @@ def run_all(
     with pipeline.locked(loaded.workspace, "mtgdm all"):
         said = pipeline.run_all(chain, loaded, _terminal(), force=force)
     _terminal().print()
-    found = zip(chain, pipeline.conditions(chain, loaded), strict=True)
+    found = list(zip(chain, pipeline.conditions(chain, loaded), strict=True))
     _terminal().table(
         ["stage", "result", "lies in"],
         [
@@ -297,6 +299,13 @@ def run_all(
     )
     if loaded.workspace != Path.cwd():
         _terminal().print(f"workspace: {loaded.workspace}")
+    pages = [path for step, one in found for path in one.outputs if path.suffix == ".html"]
+    if pages:
+        _terminal().print(f"open {_short(pages[-1], loaded)} in a browser: every answer beside its reference")
+    if loaded.name == _FIRST_PROFILE:
+        _terminal().print(
+            f"next, a real student in a quarter of an hour: mtgdm all --profile {_FIRST_REAL_PROFILE}"
+        )
 
 
 def _cut(chain: list[Any], first: str | None, last: str | None) -> list[Any]:

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtgdm import __version__, manifest, processes, rows
+from mtgdm import __version__, manifest, processes, remarks, rows
 from mtgdm.errors import MtgdmError, SettingError, UserError
 from mtgdm.manifest import Manifest
 from mtgdm.profiles import Profile, Settings, Sourced, settings_for
@@ -42,10 +42,13 @@ class Condition:
 # --- one stage -----------------------------------------------------------------------------------
 
 
-def run_stage(stage: Stage[Any], settings: Settings, profile: Profile, terminal: Terminal) -> Result:
+def run_stage(
+    stage: Stage[Any], settings: Settings, profile: Profile, terminal: Terminal, *, may_replace: bool = False
+) -> Result:
     """Run one stage and write the manifest of each output, last of all.
 
     Of several processes the first does so; the others run the stage's function and leave the files to it.
+    `may_replace`: a finished output of other settings may give way, see `Context`.
     """
     config = settings.config.resolved(profile.workspace)
     if processes.count() > 1 and not config.several_processes:
@@ -54,18 +57,17 @@ def run_stage(stage: Stage[Any], settings: Settings, profile: Profile, terminal:
             hint=f"without torchrun or accelerate launch: mtgdm {stage.name}",
         )
     if not processes.is_first():
-        context = _context(stage, profile, terminal)
+        context = _context(stage, profile, terminal, may_replace)
         return stage(config, context) or Result()
     _refuse_same_path(config.inputs(), config.outputs(), profile.workspace)
     with _writing(config.outputs()):
-        return _run(stage, config, settings, profile, terminal)
+        return _run(stage, config, settings, profile, _context(stage, profile, terminal, may_replace))
 
 
 def _run(
-    stage: Stage[Any], config: StageConfig, settings: Settings, profile: Profile, terminal: Terminal
+    stage: Stage[Any], config: StageConfig, settings: Settings, profile: Profile, context: Context
 ) -> Result:
     workspace = profile.workspace
-    context = _context(stage, profile, terminal)
     started = context.started
     before = _known(config.inputs(), config.outputs())
     inputs = [manifest.state(path, workspace, before) for path in config.inputs() if path.exists()]
@@ -75,7 +77,7 @@ def _run(
     for key, setting in settings.values.items():
         context.log.info("%s = %s (%s)", key, setting.value, setting.source)
     try:
-        with rows.telling(context.warn):
+        with remarks.heard_by(context):
             result = stage(config, context) or Result()
         context.log.info("done: %s %s", result.summary, json.dumps(result.counts, ensure_ascii=False))
     except MtgdmError as error:
@@ -111,7 +113,7 @@ def _run(
     return result
 
 
-def _context(stage: Stage[Any], profile: Profile, terminal: Terminal) -> Context:
+def _context(stage: Stage[Any], profile: Profile, terminal: Terminal, may_replace: bool) -> Context:
     return Context(
         stage=stage.name,
         workspace=profile.workspace,
@@ -119,6 +121,7 @@ def _context(stage: Stage[Any], profile: Profile, terminal: Terminal) -> Context
         domain=profile.domain,
         profile=profile.name,
         started=datetime.now().astimezone(),
+        may_replace=may_replace,
     )
 
 
@@ -336,16 +339,18 @@ def run_all(
         for number, step in enumerate(chain, start=1):
             name = step.stage.name
             place = f"[{number}/{len(chain)}] {name}"
+            own = False
             if not force:
                 now = condition(step.stage, step.settings, profile)
                 if now.state == "done":
                     said[name] = now.manifests[0].summary
                     continue
+                own = _is_own(now, profile)
                 if now.state != "missing":
                     place += f" ({now.state}{': ' + now.why if now.why else ''})"
             terminal.print(place, style="bold")
             settings = _overwriting(step, profile) if force else step.settings
-            result = run_stage(step.stage, settings, profile, terminal)
+            result = run_stage(step.stage, settings, profile, terminal, may_replace=own)
             if result.summary:
                 terminal.print(f"      {result.summary}")
             said[name] = result.summary
@@ -353,6 +358,16 @@ def run_all(
     if ran == 0:
         terminal.print(f"everything is up to date: {', '.join(said)}")
     return said
+
+
+def _is_own(now: Condition, profile: Profile) -> bool:
+    """Whether all that a stage wrote was made by this profile, and nobody changed it since."""
+    return bool(now.manifests) and all(
+        made.profile == profile.name
+        and manifest.state(output, profile.workspace, [made.output]).sha256 == made.output.sha256
+        for made, output in zip(now.manifests, now.outputs, strict=False)
+        if output.exists()
+    )
 
 
 def _overwriting(step: Step, profile: Profile) -> Settings:

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from mtgdm.errors import SettingError, nearest
+from mtgdm.profile_yaml import compose, pairs, place, plain
 from mtgdm.shipped import shipped
-from mtgdm.stage import Flag, Runtime, Stage, StageConfig, key_of, marks
+from mtgdm.stage import Flag, Runtime, Stage, StageConfig, expanded, key_of, marks
 
 if TYPE_CHECKING:
-    import yaml
-
     from mtgdm.manifest import SettingValue
 # yaml and the manifest are imported where they are used: together a seventh of the time of `--help`.
 
 PIPELINE = ("prompts", "teacher", "train", "report", "eval", "eval-report", "package")
 """The stages of `mtgdm all` where a profile names none."""
 
+MAX_EXTENDS = 30
+"""So long a chain of `extends` is no profile any more."""
 _TOP_LEVEL = ("extends", "description", "domain", "workspace", "pipeline")
 
 
@@ -54,7 +55,7 @@ class Profile:
     def workspace(self) -> Path:
         """The folder that relative paths lie under, absolute."""
         value = self.top["workspace"].value if "workspace" in self.top else "."
-        return Path(value).expanduser().absolute()
+        return expanded(Path(value)).absolute()
 
     @property
     def pipeline(self) -> list[str]:
@@ -96,7 +97,7 @@ def profile_files() -> dict[str, Path]:
 def find_profile(name: str, beside: Path | None = None) -> Path:
     """The file of a profile given by name or path; `beside` is the file whose `extends` names it."""
     if name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser()
+        path = expanded(Path(name))
         if beside is not None and not path.is_absolute():
             path = beside.parent / path
         if path.is_file():
@@ -136,7 +137,7 @@ def describe(path: Path) -> str:
     import yaml
 
     try:
-        node = _compose(path)
+        node = compose(path)
     except SettingError as error:
         return f"(cannot be read: {error.message})"
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -148,49 +149,49 @@ def describe(path: Path) -> str:
 def _load(path: Path, known: set[str], above: tuple[Path, ...]) -> Profile:
     if path.resolve() in above:
         raise SettingError("a profile extends itself", where=path)
+    if len(above) > MAX_EXTENDS:
+        raise SettingError(f"a chain of more than {MAX_EXTENDS} profiles", where=path)
     import yaml
 
-    node = _compose(path)
+    node = compose(path)
     profile = Profile(name=path.stem, path=path)
     if node is None:
         return profile
     if not isinstance(node, yaml.MappingNode):
-        raise SettingError("a profile is a mapping of settings", where=_place(path, node))
-    pairs = _pairs(path, node)
-    if "extends" in pairs:
-        base_node = pairs["extends"][1]
-        base_name = _plain(path, base_node)
+        raise SettingError("a profile is a mapping of settings", where=place(path, node))
+    found = pairs(path, node)
+    if "extends" in found:
+        base_node = found["extends"][1]
+        base_name = plain(path, base_node)
         if not isinstance(base_name, str):
-            raise SettingError("`extends` takes the name of one profile", where=_place(path, base_node))
+            raise SettingError("`extends` takes the name of one profile", where=place(path, base_node))
         try:
             base_path = find_profile(base_name, beside=path)
         except SettingError as error:
-            raise SettingError(error.message, hint=error.hint, where=_place(path, base_node)) from error
+            raise SettingError(error.message, hint=error.hint, where=place(path, base_node)) from error
         base = _load(base_path, known, (*above, path.resolve()))
         profile.top, profile.sections = base.top, base.sections
         profile.section_sources = base.section_sources
         profile.top.pop("description", None)
-    for key, (key_node, value_node) in pairs.items():
+    for key, (key_node, value_node) in found.items():
         if key in _TOP_LEVEL:
-            profile.top[key] = Sourced(_plain(path, value_node), _place(path, key_node))
+            profile.top[key] = Sourced(plain(path, value_node), place(path, key_node))
             continue
         section = key.replace("-", "_")
         if section not in known:
             raise SettingError(
                 f"unknown key '{key}'",
-                where=_place(path, key_node),
+                where=place(path, key_node),
                 hint=nearest(section, {*known, *_TOP_LEVEL}),
             )
-        profile.section_sources.setdefault(section, _place(path, key_node))
+        profile.section_sources.setdefault(section, place(path, key_node))
         target = profile.sections.setdefault(section, {})
-        if isinstance(value_node, yaml.ScalarNode) and _plain(path, value_node) is None:
+        if isinstance(value_node, yaml.ScalarNode) and plain(path, value_node) is None:
             continue
         if not isinstance(value_node, yaml.MappingNode):
-            raise SettingError(
-                f"the section '{key}' is a mapping of settings", where=_place(path, value_node)
-            )
-        for name, (name_node, setting_node) in _pairs(path, value_node).items():
-            target[name] = Sourced(_plain(path, setting_node), _place(path, name_node))
+            raise SettingError(f"the section '{key}' is a mapping of settings", where=place(path, value_node))
+        for name, (name_node, setting_node) in pairs(path, value_node).items():
+            target[name] = Sourced(plain(path, setting_node), place(path, name_node))
     _check_top(profile, path)
     return profile
 
@@ -199,6 +200,8 @@ def _check_top(profile: Profile, path: Path) -> None:
     for key in ("description", "domain", "workspace"):
         if key in profile.top and not isinstance(profile.top[key].value, str):
             raise SettingError(f"`{key}` is a text", where=profile.top[key].source)
+    if "workspace" in profile.top:
+        expanded(Path(profile.top["workspace"].value), where=profile.top["workspace"].source)
     if "pipeline" in profile.top:
         value = profile.top["pipeline"].value
         if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
@@ -206,53 +209,6 @@ def _check_top(profile: Profile, path: Path) -> None:
     profile.description = (
         str(profile.top["description"].value).strip() if "description" in profile.top else ""
     )
-
-
-def _compose(path: Path) -> yaml.Node | None:
-    import yaml
-
-    try:
-        node: yaml.Node | None = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise SettingError(f"not YAML: {error.problem or error}", where=f"{path}{line}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingError(f"not YAML: {' '.join(str(error).split())}", where=path) from error
-    except OSError as error:
-        raise SettingError(f"cannot be read: {error.strerror}", where=path) from error
-    return node
-
-
-def _pairs(path: Path, node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-    found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
-    for key_node, value_node in node.value:
-        key = _plain(path, key_node)
-        if not isinstance(key, str):
-            raise SettingError(f"the key {key!r} is not a text", where=_place(path, key_node))
-        if key in found:
-            raise SettingError(f"the key '{key}' stands twice", where=_place(path, key_node))
-        found[key] = (key_node, value_node)
-    return found
-
-
-def _plain(path: Path, node: yaml.Node) -> Any:
-    import yaml
-
-    loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        raise SettingError(f"not a plain value: {error.problem}", where=_place(path, node)) from error
-    except (ValueError, RecursionError) as error:
-        raise SettingError(
-            f"not a plain value: {error}", hint="quote it", where=_place(path, node)
-        ) from error
-    finally:
-        loader.dispose()
-
-
-def _place(path: Path, node: yaml.Node) -> str:
-    return f"{path}:{node.start_mark.line + 1}"
 
 
 # --- merging -------------------------------------------------------------------------------------

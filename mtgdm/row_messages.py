@@ -31,7 +31,10 @@ _PAIR = (
     'jq -c \'{{messages: [{{role: "user", content: .{asked}}}, {{role: "assistant", content: .{answer}}}]}}\' '
     "{name} > rows.jsonl"
 )
-_PREFERENCE = 'mtgdm trains one answer a row, the chosen one: {"messages": [..., {"role": "assistant", "content": CHOSEN}]}'
+_PREFERENCE = (
+    "mtgdm trains one answer a row, the chosen one: "
+    '{"messages": [..., {"role": "assistant", "content": CHOSEN}]}'
+)
 _PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),

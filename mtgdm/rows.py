@@ -13,7 +13,6 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, cast
 
-from mtgdm import file_formats, row_messages
+from mtgdm import file_formats, remarks, row_messages
 from mtgdm.errors import BadRow, UserError
 from mtgdm.row_messages import ROLES, NotARow
 
@@ -204,7 +203,7 @@ def read_rows(
     `answered=True` demands that each row ends with the assistant's answer, False that none does,
     None takes both. Files of the original pipeline (no `id`) are accepted: the id is computed.
     Raises BadRow with `file:line`, or UserError where there is no such file or it holds no JSON lines. Keys of
-    messages that mean nothing here are counted, and told once the file is read: see `telling`.
+    messages that mean nothing here are counted, and told once the file is read.
     """
     ignored: Counter[str] = Counter()
     try:
@@ -227,32 +226,10 @@ def read_rows(
         _tell_ignored(path, ignored)
 
 
-_TELL: ContextVar[Callable[[str], None] | None] = ContextVar("_TELL", default=None)
-
-
-@contextmanager
-def telling(tell: Callable[[str], None]) -> Iterator[None]:
-    """Give `tell` a line about each file whose messages hold keys that are not read; each line once."""
-    told: set[str] = set()
-
-    def once(line: str) -> None:
-        if line not in told:
-            told.add(line)
-            tell(line)
-
-    token = _TELL.set(once)
-    try:
-        yield
-    finally:
-        _TELL.reset(token)
-
-
 def _tell_ignored(path: Path, ignored: Counter[str]) -> None:
-    tell = _TELL.get()
-    if tell is None or not ignored:
-        return
-    keys = ", ".join(f"`{key}` ({count:,})" for key, count in sorted(ignored.items()))
-    tell(f"{path.name}: keys of messages that are not read: {keys}")
+    if ignored:
+        keys = ", ".join(f"`{key}` ({count:,})" for key, count in sorted(ignored.items()))
+        remarks.warn(f"{path.name}: keys of messages that are not read: {keys}")
 
 
 def _row(path: Path, number: int, value: dict[str, Any], ignored: Counter[str]) -> Row:
@@ -317,8 +294,14 @@ def _open(path: Path) -> BinaryIO:
 
 
 def encode(value: dict[str, Any]) -> bytes:
-    """One row as a line of UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
-    return _utf8(_encoded(value)) + b"\n"
+    """One row as a line of UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
+
+    UserError where something in it is nested more deeply than Python writes, which is less than it reads.
+    """
+    try:
+        return _utf8(_encoded(value)) + b"\n"
+    except RecursionError as error:
+        raise UserError(f"the row {value.get('id')} is nested too deeply to be written") from error
 
 
 def _utf8(text: str) -> bytes:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from mtgdm import processes
+from mtgdm.errors import SettingError
 from mtgdm.estimates import Expected
 from mtgdm.plugins import named
 from mtgdm.rows import is_manifest
@@ -231,7 +232,15 @@ class Context:
     """What a stage may touch beside its settings: the workspace, the terminal, its log, its domain."""
 
     def __init__(
-        self, *, stage: str, workspace: Path, terminal: Terminal, domain: str, profile: str, started: datetime
+        self,
+        *,
+        stage: str,
+        workspace: Path,
+        terminal: Terminal,
+        domain: str,
+        profile: str,
+        started: datetime,
+        may_replace: bool = False,
     ) -> None:
         self.stage = stage
         self.workspace = workspace
@@ -239,6 +248,8 @@ class Context:
         self.domain_name = domain
         self.profile = profile
         self.started = started
+        self.may_replace = may_replace
+        """Whether a finished output may give way to one of other settings: `mtgdm all` says so of what it made."""
 
     @property
     def timestamp(self) -> str:
@@ -371,4 +382,12 @@ def _absolute(value: Any, workspace: Path) -> Any:
     text = value.as_posix()
     if text.startswith(PREFIX):
         return shipped(text.removeprefix(PREFIX))
-    return workspace / value.expanduser()
+    return workspace / expanded(value)
+
+
+def expanded(path: Path, *, where: str | None = None) -> Path:
+    """A path with `~` as the folder it stands for; SettingError where it names nobody."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise SettingError(f"{path.parts[0]} is no user of this machine: {path}", where=where) from error

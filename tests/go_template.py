@@ -9,6 +9,8 @@ from typing import Any
 _ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
 _RANGE = "range $i, $_ := .Messages"
 _LEAD = 'and (eq $i 0) (ne .Role "system")'
+_FIRST_CONTENT = "(index $.Messages 0).Content"
+_AFTER_SYSTEM = ' (eq (index $.Messages 0).Role "system")'
 
 Part = str | tuple[str, list["Part"]]
 
@@ -32,6 +34,9 @@ def _block(parts: list[tuple[bool, str]], scope: dict[str, Any]) -> tuple[str, l
             parts = after
         elif piece == ".Content":
             written.append(scope["message"]["content"])
+            parts = after
+        elif piece == _FIRST_CONTENT:
+            written.append(scope["messages"][0]["content"])
             parts = after
         elif piece == _RANGE:
             for number, message in enumerate(scope["messages"]):
@@ -64,6 +69,13 @@ def _holds(condition: str, scope: dict[str, Any]) -> bool:
     role: str = scope["message"]["role"]
     if condition == _LEAD:
         return scope["number"] == 0 and role != "system"
+    if condition.endswith(_AFTER_SYSTEM):
+        places = {
+            "and (eq $i 1)": 1,
+            "and (eq (len (slice $.Messages $i)) 1)": len(scope["messages"]) - 1,
+        }
+        is_there = scope["number"] == places[condition.removesuffix(_AFTER_SYSTEM)]
+        return is_there and scope["messages"][0]["role"] == "system"
     found = re.fullmatch(r'eq \.Role "(\w+)"', condition)
     assert found is not None, condition
     return role == found[1]

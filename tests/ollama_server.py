@@ -88,11 +88,20 @@ class MadeModel:
     request: JsonObject
     file: bytes
 
-    def rendered(self, messages: list[JsonObject]) -> str:
-        """The prompt of a chat, SYSTEM put before those that bring none."""
+    def rendered(self, messages: list[JsonObject], think: bool | None = None) -> str:
+        """The prompt of a chat, SYSTEM put before those that bring none.
+
+        TEMPLATE is passed over where there is none, or where the template inside the GGUF offers more than it.
+        """
         if "system" in self.request and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.request["system"]}, *messages]
-        return render(self.request["template"], messages)
+        key = b"tokenizer.chat_template"
+        template, jinja = self.request.get("template"), _text_of(self.file, key) if key in self.file else ""
+        offered = {"tools"} if "tools" in jinja or "tool_call" in jinja else set()
+        offered |= {"thinking"} if "<think>" in jinja and "</think>" in jinja else set()
+        if template is not None and not offered:
+            return render(template, messages)
+        return _render_jinja(jinja, messages, thinks=think is not False if "thinking" in offered else None)
 
 
 @dataclass
@@ -114,6 +123,8 @@ class OllamaServer:
     """Whether it knows `stream`; a proxy may not."""
     loop_breaker: bool = True
     knows_think: bool = True
+    shows_prompts: bool = True
+    """Whether it knows `_debug_render_only`, as servers since 2025 do."""
     cuts_prompts: bool = False
     """Like servers before `truncate` and `shift`: what does not fit is cut unseen."""
     port: int = 0
@@ -184,6 +195,9 @@ class OllamaServer:
         refusal = self._refusal(body)
         if refusal is not None:
             return refusal
+        if body.get("_debug_render_only") and self.shows_prompts and (made := self.made.get(body["model"])):
+            text = made.rendered(body["messages"], body.get("think"))
+            return 200, {"model": body["model"], "_debug_info": {"rendered_template": text}}
         options = body.get("options", {})
         num_ctx = -(-options.get("num_ctx", 4096) // CONTEXT_STEP) * CONTEXT_STEP
         num_ctx = min(num_ctx, self.models[body["model"]])
@@ -460,6 +474,17 @@ class _Handler(BaseHTTPRequestHandler):
 def tokens(text: str) -> int:
     """As many tokens as a vocabulary that knows Chinese would make, about."""
     return int(len(text) * 0.7) + 1
+
+
+def _render_jinja(template: str, messages: list[JsonObject], *, thinks: bool | None) -> str:
+    """The prompt as llama.cpp's server renders it: asked to think or not where the template offers that."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    switch = {} if thinks is None else {"enable_thinking": thinks}
+    texts: Any = render_jinja_template(
+        conversations=[messages], chat_template=template, add_generation_prompt=True, **switch
+    )[0]
+    return str(texts[0])
 
 
 def _text_of(gguf: bytes, key: bytes) -> str:

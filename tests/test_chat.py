@@ -96,8 +96,14 @@ def test_a_llama_3_template_trains_up_to_its_own_end_of_turn(tokenizer: Any) -> 
 
 def test_a_thinking_template_trains_the_answer_after_the_empty_thought(tokenizer: Any) -> None:
     chat = chat_with(tokenizer, THINKING)
-    encoded = encode(chat, ASKED, {"role": "assistant", "content": "在杭州。"}, ASKED, ANSWER)
-    assert trained_text(chat, encoded) == f"在杭州。<|im_end|>{ANSWER['content']}<|im_end|>"
+    encoded = list(chat.encode([[ASKED, {"role": "assistant", "content": "在杭州。"}, ASKED, ANSWER]]))
+    assert [trained_text(chat, one) for one in encoded] == [
+        "在杭州。<|im_end|>",
+        f"{ANSWER['content']}<|im_end|>",
+    ]
+    for one in encoded:
+        before = one.ids[: next(place for place, label in enumerate(one.labels) if label != IGNORED)]
+        assert str(chat.tokenizer.decode(before)).endswith("<think>\n\n</think>\n\n"), "as it is asked for"
     assert str(chat.tokenizer.decode(chat.prompt([ASKED]))).endswith("<think>\n\n</think>\n\n")
 
 

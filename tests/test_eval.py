@@ -335,7 +335,16 @@ def test_other_settings_on_the_same_file_are_refused_with_two_ways_out(workspace
 
 def test_answers_of_a_checkpoint_that_was_trained_again_are_replaced(workspace: Path) -> None:
     evaluated(workspace)
-    run_stage(train, workspace, student_base="base", device_mode="cpu", max_steps=2, batch=4, lr=1e-3)
+    run_stage(
+        train,
+        workspace,
+        student_base="base",
+        device_mode="cpu",
+        max_steps=2,
+        batch=4,
+        lr=1e-3,
+        overwrite=True,
+    )
     ran = evaluated(workspace)
     assert any("its 4 answers will be replaced" in line for line in ran.printed)
     assert len({row["meta"]["eval"]["fingerprint"] for row in outputs(workspace)}) == 1

@@ -16,7 +16,7 @@ from mtgdm.export import architectures, quantize, vocabulary
 from mtgdm.export.gguf import Written, convert, encode, gguf_bytes
 from mtgdm.export.lora_gguf import convert_adapter
 from mtgdm.student.noise import quiet
-from tests.families import CHATML, FAMILIES, LLAMA3, make_checkpoint, make_family
+from tests.families import CHATML, FAMILIES, make_checkpoint, make_family, template_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def converted(model: Path, out: Path, quant: str = "f32", **options: Any) -> Written:
-    template = LLAMA3 if model.name == "llama3" else CHATML
+    template = template_of(model)
     with quiet():
         return convert(model, out, quant, name="guide", template=template, **options)
 
@@ -172,23 +172,145 @@ def test_a_place_without_a_token_is_unused_and_a_thought_is_text(models: Path) -
     assert kinds["<think>"] == vocabulary.USER_DEFINED
 
 
-def test_transformers_reads_the_model_back_without_a_difference(models: Path, tmp_path: Path) -> None:
-    converted(models / "qwen2-tied", tmp_path / "x.gguf")
+READ_BACK = ("qwen2-tied", "qwen2-untied", "smollm2", "deepseek", "llama2", "mistral", "mistral-nemo", "phi4")
+"""Of the others the reader of transformers makes another model, or none."""
+
+
+@pytest.mark.parametrize("kind", READ_BACK)
+def test_transformers_reads_back_what_it_is_said_to_read(kind: str, models: Path, tmp_path: Path) -> None:
+    reads_back(models / kind, tmp_path)
+
+
+def test_transformers_is_said_to_read_no_others(models: Path) -> None:
+    configs = {kind: config_of(models / kind) for kind in FAMILIES}
+    read = {
+        kind for kind, config in configs.items() if architectures.family(config).read_by_transformers(config)
+    }
+    assert read == set(READ_BACK)
+
+
+def reads_back(model: Path, folder: Path) -> None:
+    converted(model, folder / "x.gguf")
     with quiet():
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        own = AutoModelForCausalLM.from_pretrained(models / "qwen2-tied", dtype=torch.float32)
-        read: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
+        own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        read: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file="x.gguf", dtype=torch.float32)
+        ids = torch.arange(0, 300, 3).unsqueeze(0)
+        with torch.inference_mode():
+            assert (own(ids).logits - read(ids).logits).abs().max() == 0.0
+
+
+def test_a_gemma_as_on_the_hub_is_read_back_by_transformers(tmp_path: Path) -> None:
+    rope = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in HUB_BASES.items()}
+    model = make_family(
+        tmp_path / "gemma3", "gemma3", shape={"head_dim": 256, "query_pre_attn_scalar": 256}, rope=rope
+    )
+    assert architectures.family(config_of(model)).read_by_transformers(config_of(model))
+    reads_back(model, tmp_path)
+
+
+def test_transformers_reads_the_tokenizer_back(models: Path, tmp_path: Path) -> None:
+    converted(models / "qwen2-tied", tmp_path / "x.gguf")
+    with quiet():
+        from transformers import AutoTokenizer
+
         tokenizers = [
             AutoTokenizer.from_pretrained(models / "qwen2-tied"),
             AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf"),
         ]
-        ids = torch.arange(0, 300, 3).unsqueeze(0)
-        with torch.inference_mode():
-            assert (own(ids).logits - read(ids).logits).abs().max() == 0.0
     text = "西湖在杭州市。<|im_end|> It's 12345 🎉"
     assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
+
+
+# --- what is peculiar to a family ----------------------------------------------------------------
+
+HUB_BASES = {"full_attention": 1e6, "sliding_attention": 1e4}
+
+
+def test_the_norms_of_gemma_hold_their_offset_and_its_windows_are_told(models: Path, tmp_path: Path) -> None:
+    file = converted(models / "gemma3", tmp_path / "x.gguf", "q8_0").path
+    found, own, about = tensors(file), weights(models / "gemma3"), keys(file)
+    for ours, theirs in (
+        ("attn_q_norm", "self_attn.q_norm"),
+        ("post_ffw_norm", "post_feedforward_layernorm"),
+    ):
+        stored = own[f"model.layers.3.{theirs}.weight"]
+        assert (found[f"blk.3.{ours}.weight"].data == stored + np.float32(1)).all()
+    assert about["gemma3.attention.sliding_window"] == 16
+    assert (about["gemma3.rope.freq_base"], about["gemma3.rope.freq_base_swa"]) == (1e6, 2e4)
+    assert (about["gemma3.rope.scaling.type"], about["gemma3.rope.scaling.factor"]) == ("linear", 8.0)
+    assert about["gemma3.context_length"] == 512, "llama.cpp lets the windows slide"
+
+
+def test_the_fused_matrices_of_phi_stay_as_they_are_and_its_factors_are_written(
+    models: Path, tmp_path: Path
+) -> None:
+    file = converted(models / "phi4-mini", tmp_path / "x.gguf").path
+    found, own, about = tensors(file), weights(models / "phi4-mini"), keys(file)
+    assert (found["blk.0.attn_qkv.weight"].data == own["model.layers.0.self_attn.qkv_proj.weight"]).all()
+    assert (found["blk.1.ffn_up.weight"].data == own["model.layers.1.mlp.gate_up_proj.weight"]).all()
+    rope = config_of(models / "phi4-mini")["rope_parameters"]
+    for kind in ("long", "short"):
+        assert np.allclose(found[f"rope_factors_{kind}.weight"].data, rope[f"{kind}_factor"])
+    assert about["phi3.rope.dimension_count"] == 12, "three quarters of a head"
+    assert about["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + np.log(2) / np.log(256)) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "context"),
+    [
+        ("mistral", {"sliding_window": 40}, 40),
+        ("mistral", {"sliding_window": 4096}, 512),
+        ("phi4", {"sliding_window": 100}, 100),
+        ("phi4-mini", {}, 256),
+        ("qwen2-tied", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, 64),
+        ("qwen2-tied", {"use_sliding_window": False, "sliding_window": 64}, 512),
+    ],
+)
+def test_the_context_ends_where_llama_cpp_would_compute_otherwise(
+    kind: str, shape: dict[str, Any], context: int, tmp_path: Path
+) -> None:
+    model = make_family(tmp_path / kind, kind, shape=shape)
+    config = config_of(model)
+    assert architectures.problems(config, model) == []
+    assert architectures.context_length(architectures.family(config), config) == context
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "reason"),
+    [
+        ("gemma3", {"query_pre_attn_scalar": 64}, "its attention is scaled by 64, and llama.cpp's by 32"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "its attention is capped"),
+        ("gemma3", {"use_bidirectional_attention": True}, "its attention looks ahead"),
+        ("gemma3", {"layer_types": ["full_attention"] * 6}, "attend to a window in another order"),
+        ("gemma3", {"hidden_activation": "silu"}, "activation silu is not that of Gemma 3"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "layers without positions are others than each 4th"),
+        ("mistral", {"attention_bias": True}, "its attention has biases"),
+        ("llama3", {"partial_rotary_factor": 0.5}, "only a part of each head turns"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "scaled by yarn"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "LongRoPE has not a factor for each pair",
+        ),
+        ("glm4", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "scaled by linear"),
+        ("glm4", {"rope_parameters": {"partial_rotary_factor": 0.32}}, "5 numbers of each head turn"),
+    ],
+)
+def test_what_llama_cpp_has_only_in_one_form_is_refused_in_others(
+    kind: str, changed: dict[str, Any], reason: str, models: Path
+) -> None:
+    (problem,) = architectures.problems(config_of(models / kind) | changed, models / kind)
+    assert reason in problem
+
+
+def test_an_adapter_on_fused_matrices_is_one_on_theirs(models: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", models / "phi3")
+    written = convert_adapter(checkpoint, config_of(models / "phi3"), tmp_path / "a.gguf", name="guide")
+    names = {name.removesuffix(".weight.lora_a") for name in tensors(written.path) if name.endswith("lora_a")}
+    assert {"blk.0.attn_qkv", "blk.0.attn_output", "blk.1.ffn_up", "blk.1.ffn_down"} <= names
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -197,9 +319,10 @@ def test_transformers_reads_the_model_back_without_a_difference(models: Path, tm
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM is not among .* Qwen2.5, Qwen3, Llama 3"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM is not among .* Qwen2.5, Qwen3, Llama"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
-        ({"use_sliding_window": True}, "sliding window"),
+        ({"architectures": ["InternLM2ForCausalLM"]}, "InternLM 2 and 2.5 comes with code of its own"),
+        ({"mlp_bias": True}, "feed-forward layers have biases"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, "scaled by dynamic"),
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"vocab_size": 100}, "makes token"),
@@ -218,9 +341,10 @@ def test_a_model_that_llama_cpp_would_compute_otherwise_is_named_from_its_config
 @pytest.mark.parametrize(
     ("part", "changed", "reason"),
     [
-        ("pre_tokenizer", {"type": "ByteLevel", "use_regex": True}, "no byte-level BPE"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "neither of bytes nor with bytes for"),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "pattern to cut a text"),
         ("normalizer", {"type": "Lowercase"}, "changes texts"),
-        ("model", {"type": "Unigram", "vocab": []}, "no byte-level BPE"),
+        ("model", {"type": "Unigram", "vocab": []}, "no BPE but Unigram"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_named(
@@ -242,13 +366,23 @@ def test_another_pattern_is_refused_though_it_looks_alike(models: Path, tmp_path
     assert "pattern to cut a text" in problem
 
 
-def test_a_token_that_swallows_spaces_is_refused(models: Path, tmp_path: Path) -> None:
+def test_a_token_that_takes_spaces_is_refused_where_the_template_writes_some_beside_it(
+    models: Path, tmp_path: Path
+) -> None:
     model = Path(shutil.copytree(models / "llama3", tmp_path / "llama3"))
-    about = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-    about["added_tokens"][0]["lstrip"] = True
-    change_tokenizer(model, about)
+    added = tokenizer_of(model)["added_tokens"]
+    next(one for one in added if one["content"] == "<|eot_id|>")["rstrip"] = True
+    change_tokenizer(model, {"added_tokens": added})
+    assert architectures.problems(config_of(model), model) == [], "no spaces there"
+    next(one for one in added if one["content"] == "<|end_header_id|>")["rstrip"] = True
+    change_tokenizer(model, {"added_tokens": added})
     (problem,) = architectures.problems(config_of(model), model)
-    assert "takes the spaces around it" in problem
+    assert "<|end_header_id|> takes the spaces around it" in problem
+
+
+def tokenizer_of(model: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    return about
 
 
 def change_tokenizer(model: Path, changed: dict[str, Any]) -> None:

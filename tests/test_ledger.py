@@ -82,7 +82,7 @@ def test_prompts_edited_since_are_parsed_line_by_line(tmp_path: Path) -> None:
     assert found.ids.place(rows.row_id(changed["messages"])) == 0
     assert changed["id"] not in found.ids, "an id in an edited file is not believed"
     path.write_bytes(b'{"id": "' + b"0" * 24 + b'", "messages": 7}\n' + rest)
-    with pytest.raises(BadRow, match="`messages` is missing"):
+    with pytest.raises(BadRow, match="`messages` is a number"):
         scan(path)
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from mtgdm.errors import UserError
 from mtgdm.export import lora
-from mtgdm.export import merge as merging
 from mtgdm.export.merge import Merged, merge, merged_bytes
 from mtgdm.export.weights import Weights
+from mtgdm.student.chat import Chat
 from mtgdm.student.noise import quiet
-from tests.families import make_checkpoint, make_family
+from tests.families import SHAPE, make_checkpoint, make_family, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -46,9 +46,9 @@ def merged_into(out: Path, base: Path, checkpoint: Path, **options: Any) -> Merg
     from mtgdm.student.base import load_tokenizer
 
     with quiet():
-        tokenizer = load_tokenizer(str(checkpoint), "checkpoint")
+        chat = Chat(load_tokenizer(str(checkpoint), "checkpoint"), "checkpoint")
         given = {"dtype": "float32", **options}
-        return merge(checkpoint, str(base), base.name, tokenizer, out=out, **given)
+        return merge(checkpoint, str(base), base.name, chat, out=out, **given)
 
 
 def logits(base: Path, adapter: Path | None = None) -> Any:
@@ -172,15 +172,43 @@ def test_a_weight_that_float16_cannot_hold_is_refused(bases: Path, tmp_path: Pat
         merged_into(tmp_path / "merged", bases / "qwen3", checkpoint, dtype="float16")
 
 
-def test_where_memory_is_short_the_logits_are_not_compared_and_the_result_says_so(
-    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_memory_of_the_proof_is_that_of_a_layer(bases: Path, tmp_path: Path) -> None:
+    import torch
+
     checkpoint = make_checkpoint(tmp_path / "checkpoint", bases / "qwen2-untied")
-    monkeypatch.setattr(merging, "MEMORY_SHARE", 0.0)
-    merged = merged_into(tmp_path / "merged", bases / "qwen2-untied", checkpoint)
+    held: list[set[str]] = []
+
+    def note(module: Any, *_: Any) -> None:
+        if type(module).__name__ == "Qwen2ForCausalLM":
+            held.append({one.device.type for one in module.parameters()})
+
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        merged = merged_into(tmp_path / "merged", bases / "qwen2-untied", checkpoint)
+    finally:
+        hook.remove()
+    assert held == [{"cpu"}, {"meta"}, {"meta"}], (
+        "base and adapter, the merged model, and the same after the cast"
+    )
+    assert merged.unproved is None
+
+
+def test_a_base_whose_files_name_its_weights_otherwise_is_merged_and_plainly_unproved(tmp_path: Path) -> None:
+    """The experts of a mixture lie in the files one by one, and in the model together."""
+    with quiet():
+        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+        tokenizer = make_tokenizer("qwen")
+        shape: dict[str, Any] = {**SHAPE, "head_dim": 16, "vocab_size": len(tokenizer)}
+        shape |= {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
+        model.save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", tmp_path / "base", target_modules=["q_proj"])
+    merged = merged_into(tmp_path / "merged", tmp_path / "base", checkpoint)
     assert merged.max_logit_difference is None
-    assert "GiB of memory" in (merged.unproved or "")
-    assert (logits(bases / "qwen2-untied", checkpoint) - logits(tmp_path / "merged")).abs().max() < 1e-4
+    assert "model.layers.0.mlp.experts.gate_up_proj" in (merged.unproved or "")
+    assert (logits(tmp_path / "base", checkpoint) - logits(tmp_path / "merged")).abs().max() < 1e-4
 
 
 def test_the_merged_model_ends_an_answer_where_the_student_learned_to(bases: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from mtgdm.testing import QuietTerminal
 from tests.ollama_server import Fault, OllamaServer
 
 CHATML = '{{ range $i, $_ := .Messages }}{{ if eq .Role "user" }}<{{ .Content }}>{{ end }}{{ end }}'
+JINJA = "{{ messages[0].content }}"
 MODELFILE = Modelfile("guide-f16.gguf", CHATML, "<|im_end|>", 512, "你是讲解员。", "mit")
 QUESTION = [{"role": "user", "content": "西湖在哪里？"}]
 
@@ -164,18 +165,18 @@ def test_a_model_that_is_no_earlier_one_of_the_student_is_not_replaced(
     server: OllamaServer, context: Context, tmp_path: Path
 ) -> None:
     with Client(server.url) as client:
-        client.check_name("guide", MODELFILE.request())
+        client.check_name("guide", MODELFILE.request(), JINJA)
         create(server.url, context, gguf_file(tmp_path))
-        client.check_name("guide", MODELFILE.request())
+        client.check_name("guide", MODELFILE.request(), JINJA)
         for other in (replace(MODELFILE, system="Be kind."), replace(MODELFILE, template=None)):
             with pytest.raises(UserError, match="guide is in Ollama already") as caught:
-                client.check_name("guide", other.request())
+                client.check_name("guide", other.request(), JINJA)
         assert "--overwrite" in (caught.value.hint or "")
         with pytest.raises(UserError, match="teacher:7b is in Ollama already"):
-            client.check_name("teacher:7b", MODELFILE.request())
+            client.check_name("teacher:7b", MODELFILE.request(), JINJA)
         server.busy_shows = 1
         with pytest.raises(UserError, match="cannot say whether it has guide: server busy"):
-            client.check_name("guide", MODELFILE.request())
+            client.check_name("guide", MODELFILE.request(), JINJA)
 
 
 def test_a_server_that_hangs_is_not_waited_for_for_ever(
@@ -204,7 +205,7 @@ def test_every_request_ends_where_the_server_says_nothing(context: Context, tmp_
     with Client("http://localhost:1", transport=httpx.MockTransport(silent)) as client:
         for ask in (
             client.check,
-            lambda: client.check_name("guide", {}),
+            lambda: client.check_name("guide", {}, JINJA),
             lambda: client.create("guide", gguf_file(tmp_path), "0" * 64, {}, context),
             lambda: client.ask("guide", QUESTION, max_tokens=1),
         ):

@@ -522,6 +522,26 @@ def test_plan_tells_the_room_by_format(workspace: Path) -> None:
     assert PackageConfig().resolved(workspace / "nowhere").estimate() == {}
 
 
+def test_plan_tells_time_and_memory_of_conversion_and_proof(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PackageConfig(formats=("gguf",)).resolved(workspace)
+    told = config.estimate()
+    for part in ("conversion", "proof"):
+        assert told[part]["hours"].low < told[part]["hours"].mean < told[part]["hours"].high
+        assert told[part]["mib_of_memory"] > 500
+    two = PackageConfig(formats=("gguf",), quantize=("f16", "q8_0")).resolved(workspace).estimate()
+    assert two["proof"]["hours"].mean > told["proof"]["hours"].mean
+    monkeypatch.setattr(parity.Need, "whole", 2**60)
+    assert "no greedy answers" in config.estimate()["proof"]["layer_by_layer"]
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
+    assert "GiB of memory" in config.estimate()["proof"]["unproved"]
+    (workspace / "data/teacher.jsonl").unlink()
+    assert config.estimate()["proof"] is None
+    merged = PackageConfig(formats=("merged",)).resolved(workspace).estimate()
+    assert not {"conversion", "proof"} & merged.keys()
+
+
 def test_the_types_of_gguf_are_those_of_the_converter() -> None:
     assert get_args(Quant) == gguf.QUANTS
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtgdm.export import engines, parity, quantize
-from mtgdm.export import merge as merging
+from mtgdm.export import build, engines, parity, quantize
 from mtgdm.export.gguf import convert
 from mtgdm.export.merge import merge
 from mtgdm.export.parity import Proof
-from mtgdm.export.weights import Weights
 from mtgdm.rows import Row
+from mtgdm.student.chat import Chat
 from mtgdm.student.noise import quiet
-from tests.families import make_checkpoint, make_family
+from tests.families import SHAPE, make_checkpoint, make_family
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -35,6 +32,7 @@ GOOD = Proof(
     logit_spread=1.0,
     top1_agreement=1.0,
     greedy_equal=2,
+    greedy_rows=2,
 )
 
 
@@ -48,6 +46,8 @@ def row(answer: str) -> Row:
     messages = [{"role": "user", "content": "西湖在哪里？"}, {"role": "assistant", "content": answer}]
     return Row("0" * 16, messages, {}, Path("rows.jsonl"), 1)
 
+
+END = 9
 
 ROWS = [row("西湖在杭州市，始建于1089年。"), row("It's in Hangzhou 🎉")]
 
@@ -63,7 +63,7 @@ def proved(
     asked = make_checkpoint(folder / "asked", base, seed=seed)
     with quiet():
         tokenizer: Any = load_tokenizer(str(checkpoint), "checkpoint")
-        merge(checkpoint, str(base), "base", tokenizer, "float32", folder / "merged")
+        merge(checkpoint, str(base), "base", Chat(tokenizer, "base"), "float32", folder / "merged")
         file = convert(
             folder / "merged", folder / "x.gguf", quant, name="guide", template=tokenizer.chat_template
         ).path
@@ -131,59 +131,100 @@ LONG = row("西湖在杭州市，始建于1089年。湖光山色。" * 12)
 """Of more positions than are held at once."""
 
 
-def test_no_layer_ever_answers_for_all_positions_of_a_long_row(
+def test_however_long_a_row_only_its_last_positions_are_compared(tmp_path: Path) -> None:
+    proof = proved("qwen2-tied", tmp_path, [LONG, LONG, LONG])
+    assert proof.failures("f32") == []
+    assert (proof.rows, proof.greedy_rows, proof.greedy_equal) == (3, 2, 2)
+    assert proof.positions <= 3 * parity.POSITIONS
+    assert proof.positions > 2 * (parity.POSITIONS - parity.ANSWER_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("answer", "likeliest", "equal"),
+    [
+        ([3, 4, END], [7, 3, 4, END], True),
+        ([3, 4, END], [7, 3, 4, 8], True),
+        ([3, 4, END], [7, 3, 4, 5], False),
+        ([3, 4, END], [7, 5, 4, END], False),
+        ([3, 8, 4, END], [3, 8, 4, END], False),
+        ([3] * parity.ANSWER_TOKENS, [3] * parity.ANSWER_TOKENS, True),
+        ([3] * parity.ANSWER_TOKENS, [3] * (parity.ANSWER_TOKENS - 1) + [8], False),
+    ],
+    ids=["equal", "another end", "goes on", "parts", "stops before", "both long", "stops at the last"],
+)
+def test_an_answer_is_equal_where_a_file_would_write_it_and_stop(
+    answer: list[int], likeliest: list[int], equal: bool
+) -> None:
+    file: Any = SimpleNamespace(ends=lambda token: token in (END, 8))
+    assert parity._writes(answer, likeliest, file) is equal
+
+
+def test_a_model_that_does_not_fit_in_float32_is_proved_layer_by_layer_without_greedy_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
-    positions = set()
-
-    def note(_: Any, __: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and output.ndim == 3:
-            positions.add(output.shape[0] * output.shape[1])
-
-    monkeypatch.setattr(merging, "MEMORY_SHARE", 0.0)  # whose own comparison has its own number of positions
-    hook = torch.nn.modules.module.register_module_forward_hook(note)
-    try:
-        proof = proved("qwen2-tied", tmp_path, [LONG])
-    finally:
-        hook.remove()
+    monkeypatch.setattr(parity.Need, "whole", 2**60)
+    proof = proved("qwen2-tied", tmp_path)
+    assert (proof.rows, proof.greedy_rows, proof.greedy_equal) == (2, 0, None)
+    assert (proof.tokens_equal, proof.top1_agreement) == (2, 1.0)
     assert proof.failures("f32") == []
-    assert proof.positions > 3 * engines.POSITIONS_AT_ONCE
-    assert max(positions) == engines.POSITIONS_AT_ONCE
+    assert "greedy answers not compared" in str(proof)
 
 
-def test_what_is_reckoned_for_a_logit_is_no_less_than_it_takes() -> None:
-    logits = np.random.default_rng(0).normal(size=(engines.POSITIONS_AT_ONCE, 20_000)).astype(np.float32)
-    tracemalloc.start()
-    parity._Sums().add(logits, logits)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    both_sides = 2 * 2 * 4 * logits.size  # the logits, and those that a library keeps for itself
-    assert peak + both_sides <= parity._BYTES_A_LOGIT * logits.size
+def test_a_file_that_is_read_without_the_factors_of_its_rotation_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "read_rightly_by_transformers", lambda config: True)
+    failures = proved("llama3", tmp_path).failures("q8_0", "bfloat16")
+    assert any("mean KL" in failure for failure in failures)
+
+
+def test_the_rows_that_a_file_is_proved_on_are_the_shortest_of_each_type() -> None:
+    def typed(kind: str, length: int) -> Row:
+        return dataclasses.replace(row("答" * length), meta={"type": kind})
+
+    rows = [typed("a", 9), typed("b", 8), typed("a", 3), typed("b", 5), typed("a", 4)]
+    chosen = [(one.type, len(one.messages[-1]["content"])) for one in build.proof_rows(rows)]
+    assert chosen == [("a", 3), ("b", 5), ("a", 4), ("b", 8)]
+    assert len(build.proof_rows([row("答")] * 9)) == build.PROOF_ROWS
+
+
+@pytest.mark.parametrize(
+    ("busy", "threads"),
+    [
+        ([0, 0, 0, 0, 0, 0], 2),
+        ([5, 2, 9, 1, 99, 99], 2),
+        ([95, 60, 90, 70, 0, 0], 1),
+        ([99, 99, 99, 99, 0, 0], 1),
+    ],
+)
+def test_llama_cpp_takes_the_cores_that_are_idle(
+    busy: list[float], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of six processors this process may use four, which are two cores."""
+    monkeypatch.setattr(engines, "_allowed", lambda: range(4))
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 2)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval, percpu: busy)
+    assert engines._threads() == threads
 
 
 def test_the_memory_hardly_grows_with_the_row_and_counts_what_transformers_holds_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = make_family(tmp_path / "model", "qwen2-tied")
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    file = model / "model.safetensors"
+    config = {"vocab_size": 1000, **SHAPE}
 
-    def needed(tokens: int) -> int:
-        return parity.memory_needed([file], tokens, config, model)
+    def needed(tokens: int) -> parity.Need:
+        return parity.Need(10**9, config, rows=3, longest=tokens)
 
-    cache = 2 * 2 * 4 * 1000 * config["num_hidden_layers"] * config["hidden_size"] // 2
-    assert needed(2000) - needed(1000) == cache
-    through_transformers = needed(1000)
+    cache = 2 * 2 * 4 * 1000 * SHAPE["num_hidden_layers"] * SHAPE["hidden_size"] // 2
+    assert needed(2000).of_file(10**9) - needed(1000).of_file(10**9) == parity.GREEDY_ROWS * cache // 2
+    assert needed(1000).layered < needed(1000).whole - 10**9
+    through_transformers = needed(1000).of_file(10**9)
     monkeypatch.setattr(quantize, "is_installed", lambda: True)
-    assert through_transformers - needed(1000) == 2 * sum(
-        4 * stored.numbers for stored in Weights(model).stored.values()
-    )
+    assert through_transformers - needed(1000).of_file(10**9) == 7 * 10**9
 
 
 def test_a_model_for_which_the_memory_is_short_stays_plainly_unproved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
-    assert "of which 0 are free" in str(proved("qwen2-tied", tmp_path))
+    assert "GiB of memory, of which 0.0 are free" in str(proved("qwen2-tied", tmp_path))

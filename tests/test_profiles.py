@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from mtgdm.errors import SettingError
 from mtgdm.profiles import PIPELINE, load_profile, profile_files, profile_schema, settings_for
 from mtgdm.registry import discover
 from mtgdm.shipped import shipped
@@ -150,3 +152,62 @@ def test_the_profile_files_of_the_folder_come_before_the_shipped_ones(
     a_profile(tmp_path, "description: mine\n", name="quickstart")
     monkeypatch.chdir(tmp_path)
     assert profile_files()["quickstart"] == Path("configs/quickstart.yaml")
+
+
+def test_merge_keys_are_merged_and_their_values_keep_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "prompts: &a\n  seed: 1\n  limit: 2\nteacher: &b\n  limit: 3\n  <<: [*a]\n"
+        "train: {<<: [*b, *a], limit: 4}\neval:\n  <<: *b\n",
+        encoding="utf-8",
+    )
+    sections = load_profile(str(path), {"prompts", "teacher", "train", "eval"}).sections
+    values = {name: {key: one.value for key, one in found.items()} for name, found in sections.items()}
+    assert values["teacher"] == {"seed": 1, "limit": 3}
+    assert values["train"] == {"seed": 1, "limit": 4}
+    assert values["eval"] == {"seed": 1, "limit": 3}
+    assert sections["eval"]["seed"].source == f"{path}:2"
+    assert sections["eval"]["limit"].source == f"{path}:5"
+
+
+EXPANDING = "".join(f"k{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]\n" for n in range(12))
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "said"),
+    [
+        ("train:\n  <<: 5\n", ":2", "`<<` takes an anchor"),
+        ("train: &a\n  <<: *a\n", ":", "holds itself"),
+        (EXPANDING, ":", "more than 10,000 values"),
+        (f"description: {'[' * 200}{']' * 200}\n", ":1", "nested more than 50 deep"),
+        (f"description: {'[' * 5000}{']' * 5000}\n", "", "nested too deeply"),
+        ("train:\n  seed: !!bool x\n", ":2", "not a plain value"),
+        ("train:\n  seed: !!timestamp x\n", ":2", "not a plain value"),
+        ("train:\n  seed: 010\n", ":2", "010 would be read as an octal number"),
+        ("train:\n  seed: 1:30\n", ":2", "base of 60"),
+        ('workspace: "a\\0b"\n', ":1", "U+0000"),
+        ('workspace: "\\uD800"\n', ":1", "U+D800"),
+        ("workspace: ~nosuchuser/x\n", ":1", "no user of this machine"),
+        ("extends: ~nosuchuser/x.yaml\n", ":1", "no user of this machine"),
+    ],
+)
+def test_what_no_profile_should_hold_is_one_line(tmp_path: Path, text: str, place: str, said: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SettingError, match=re.escape(said)) as caught:
+        load_profile(str(path), {"train"})
+    assert str(caught.value.where).startswith(f"{path}{place}")
+    assert len(str(caught.value)) < 400
+
+
+def test_a_thousand_profiles_one_on_another_are_one_line(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / f"e{number}.yaml").write_text(f"extends: ./e{number + 1}.yaml\n", encoding="utf-8")
+    with pytest.raises(SettingError, match="a chain of more than 30 profiles") as caught:
+        load_profile(str(tmp_path / "e0.yaml"), set())
+    assert len(str(caught.value)) < 400
+
+
+def test_a_path_of_nobodys_home_is_one_line(mtgdm: CommandLine) -> None:
+    ran = mtgdm("prompts", "--out", "~nosuchuser/x.jsonl")
+    assert (ran.code, "no user of this machine" in ran.err) == (2, True), ran.err

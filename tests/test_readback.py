@@ -17,7 +17,7 @@ from mtgdm.errors import UserError
 from mtgdm.export.gguf import convert
 from mtgdm.export.readback import LIMITS, ReadBack, check
 from mtgdm.student.noise import quiet
-from tests.families import CHATML, FAMILIES, LLAMA3, make_family
+from tests.families import CHATML, FAMILIES, make_family, template_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def about(model: Path) -> dict[str, Any]:
-    return {"name": "guide", "template": LLAMA3 if model.name == "llama3" else CHATML}
+    return {"name": "guide", "template": template_of(model)}
 
 
 def written(model: Path, folder: Path, quant: str) -> Path:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from mtgdm import rows
+from mtgdm import remarks, rows
 from mtgdm.errors import BadRow
+from mtgdm.testing import QuietTerminal
 from tests.conftest import CommandLine, write_lines
 
 ASK = {"role": "user", "content": "灵隐寺建于哪年？"}
@@ -160,10 +161,10 @@ def test_the_null_keys_of_a_dump_of_openai_are_ignored(tmp_path: Path) -> None:
         "tool_calls": [],
         "name": "",
     }
-    said: list[str] = []
-    with rows.telling(said.append):
+    listener = QuietTerminal()
+    with remarks.heard_by(listener):
         assert read(tmp_path, ASK, answer(**empty, weight=None)).messages == [ASK, ANSWER]
-    assert said == []
+    assert listener.warnings == []
 
 
 def test_developer_is_the_system_and_parts_of_text_are_one_text(tmp_path: Path) -> None:
@@ -184,11 +185,11 @@ def test_keys_that_mean_nothing_are_counted_and_told_once(tmp_path: Path) -> Non
         tmp_path / "theirs.jsonl",
         *({"messages": [{**ASK, "name": "Li"}, answer(model="m")]} for _ in range(3)),
     )
-    said: list[str] = []
-    with rows.telling(said.append):
+    listener = QuietTerminal()
+    with remarks.heard_by(listener):
         assert [row.messages for row in rows.read_rows(path)] == 3 * [[ASK, ANSWER]]
         list(rows.read_rows(path))
-    assert said == ["theirs.jsonl: keys of messages that are not read: `model` (3), `name` (3)"]
+    assert listener.warnings == ["theirs.jsonl: keys of messages that are not read: `model` (3), `name` (3)"]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def gardens(monkeypatch: pytest.MonkeyPatch) -> None:
 def year_wrong(question: Question) -> str:
     """The third garden is said to be of another year than its record has; told so, the teacher corrects itself."""
     answer = right_answer(question)
-    return answer.replace("1102", "1999") if len(question.body["messages"]) == 2 else answer
+    told = len(question.body["messages"]) > 2 or "An earlier answer" in question.text
+    return answer if told else answer.replace("1102", "1999")
 
 
 def test_by_default_an_answer_that_disagrees_with_its_record_is_kept_and_said_so(

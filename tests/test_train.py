@@ -25,8 +25,8 @@ from mtgdm.student.noise import quiet
 from mtgdm.student.resume import MARK, whole_checkpoints
 from mtgdm.testing import StageRun
 from mtgdm.testing import run as run_stage
-from tests.conftest import clean_environment, read_rows, write_lines
-from tests.tiny_student import make_base, teacher_file, teacher_row
+from tests.conftest import CommandLine, clean_environment, read_rows, write_lines
+from tests.tiny_student import THINKING, make_base, teacher_file, teacher_row
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -368,11 +368,13 @@ def test_an_earlier_result_stays_whole_until_the_next_one_is(workspace: Path) ->
     before = {path.name: path.read_bytes() for path in checkpoint(workspace).iterdir()}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(5, patch)
-        trained(workspace, lr=2e-2)
+        trained(workspace, lr=2e-2, overwrite=True)
     assert {
         path.name: path.read_bytes() for path in checkpoint(workspace).iterdir() if path.is_file()
     } == before
     assert (checkpoint(workspace).parent / "base-lora.manifest.json").is_file()
+    on = trained(workspace, lr=2e-2)
+    assert any("going on from step" in line for line in on.printed)
 
 
 def test_status_knows_how_far_an_interrupted_run_came(workspace: Path) -> None:
@@ -455,7 +457,7 @@ def test_long_rows_are_dropped_or_cut_on_request(workspace: Path) -> None:
     assert any("left out, 0 cut" in line for line in dropped.warnings)
     left = points(workspace, "start")[0]["train_rows"]
     assert 0 < left < 10
-    cut = trained(workspace, max_len=60, too_long="truncate")
+    cut = trained(workspace, max_len=60, too_long="truncate", overwrite=True)
     assert any("0 left out" in line for line in cut.warnings)
     assert points(workspace, "start")[0]["train_rows"] == 10
 
@@ -550,7 +552,7 @@ def test_it_is_told_that_max_steps_decides_and_not_epochs(workspace: Path) -> No
         for line in trained(workspace, epochs=4.0).printed
     )
     for settings in ({"max_steps": 6}, {"max_steps": 0, "epochs": 1.0}):
-        assert not any("decides" in line for line in trained(workspace, **settings).printed)
+        assert not any("decides" in line for line in trained(workspace, overwrite=True, **settings).printed)
 
 
 def test_memory_that_runs_out_names_the_settings_to_change(
@@ -841,8 +843,65 @@ def test_a_finished_training_is_not_done_again_unless_that_is_asked_for(workspac
     assert weights.stat().st_mtime_ns == before
     trained(workspace, overwrite=True)
     assert weights.stat().st_mtime_ns > before
-    anew = trained(workspace, lr=1e-3)
+    anew = trained(workspace, lr=1e-3, overwrite=True)
     assert not any("is finished" in line for line in anew.printed)
+
+
+def test_a_finished_checkpoint_gives_way_to_another_training_only_where_that_is_asked_for(
+    workspace: Path,
+) -> None:
+    trained(workspace)
+    before = (checkpoint(workspace) / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="another training lies here") as caught:
+        trained(workspace, lr=1e-3)
+    assert "lr 0.01 → 0.001" in caught.value.message
+    assert "--overwrite" in str(caught.value.hint) and "--ckpt-out" in str(caught.value.hint)
+    teacher_file(workspace, train=11)
+    with pytest.raises(UserError, match="other rows"):
+        trained(workspace)
+    assert (checkpoint(workspace) / "adapter_model.safetensors").read_bytes() == before
+    trained(workspace, lr=1e-3, overwrite=True)
+    assert (checkpoint(workspace) / "adapter_model.safetensors").read_bytes() != before
+    trained(workspace, ckpt_out="data/checkpoints/beside")
+
+
+def test_an_adapter_of_another_tool_is_not_trained_over(workspace: Path) -> None:
+    checkpoint(workspace).mkdir(parents=True)
+    (checkpoint(workspace) / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="adapter of another tool lies here"):
+        trained(workspace)
+
+
+def test_a_base_with_named_templates_trains_again_into_the_same_folder(workspace: Path) -> None:
+    templates = workspace / "base" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ messages }}", encoding="utf-8")
+    trained(workspace)
+    assert (checkpoint(workspace) / "additional_chat_templates" / "tool_use.jinja").is_file()
+    trained(workspace, lr=1e-3, overwrite=True)
+    (templates / "tool_use.jinja").unlink()
+    templates.rmdir()
+    trained(workspace, lr=1e-4, overwrite=True)
+    assert not (checkpoint(workspace) / "additional_chat_templates").exists()
+
+
+def test_all_retrains_what_it_made_itself_and_nothing_else(workspace: Path) -> None:
+    mtgdm = CommandLine(workspace)
+    settings = {key: value for key, value in QUICK.items() if key != "lr"}
+    profile = {"pipeline": ["train"], "train": settings}
+    write_lines(workspace / "configs/mine.yaml", json.dumps(profile))
+    assert mtgdm("all", "--profile", "mine").code == 0
+    settings["epochs"] = 2
+    write_lines(workspace / "configs/mine.yaml", json.dumps(profile))
+    alone = mtgdm("train", "--profile", "mine")
+    assert (alone.code, "epochs 3.0 → 2.0" in alone.err) == (1, True)
+    again = mtgdm("all", "--profile", "mine")
+    assert again.code == 0, again.err
+    assert "it was made by this pipeline, and is replaced" in again.out
+    (checkpoint(workspace) / "adapter_config.json").write_bytes(b"{}\n")
+    settings["epochs"] = 1
+    write_lines(workspace / "configs/mine.yaml", json.dumps(profile))
+    assert mtgdm("all", "--profile", "mine").code == 1
 
 
 def test_a_base_that_was_only_touched_is_the_same_base(workspace: Path) -> None:
@@ -908,6 +967,85 @@ def test_a_base_that_cannot_be_packaged_as_gguf_is_told_before_the_training(work
         "sliding_window": 512,
     }
     path.write_text(json.dumps(config), encoding="utf-8", newline="\n")
-    (warning,) = trained(workspace, max_steps=1).warnings
+    (warning,) = trained(workspace, max_steps=1, overwrite=True).warnings
     assert "base can be trained, but not packaged as GGUF: its layers attend to a sliding window" in warning
     assert trained(workspace, max_steps=1, ckpt_out=workspace / "unasked", package_check=False).warnings == []
+
+
+# --- thoughts, turns and weights -----------------------------------------------------------------
+
+
+def thinking(name: str, split: str, answer: str, **message: Any) -> dict[str, Any]:
+    row = teacher_row(name, split, answer)
+    row["messages"][-1] |= message
+    return row
+
+
+def record(workspace: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((checkpoint(workspace) / "training.json").read_text(encoding="utf-8"))
+    return value
+
+
+def test_thoughts_are_trained_where_every_row_has_them_and_the_checkpoint_says_so(workspace: Path) -> None:
+    write_lines(
+        workspace / "data" / "teacher.jsonl",
+        thinking("甲", "train", "<think>\n先看资料。\n</think>\n\n甲在杭州市。"),
+        thinking("乙", "train", "乙在杭州市。", reasoning_content="先看资料。"),
+        thinking("丙", "val", "丙在杭州市。", reasoning_content="先看资料。"),
+    )
+    printed = "\n".join(trained(workspace, preview=True).printed)
+    assert printed.count("先") == 2, "once in each row that is shown"
+    trained(workspace, max_steps=1, eval_steps=1)
+    assert record(workspace)["thoughts"] is True
+
+
+def test_rows_of_both_kinds_stop_the_run_and_the_hint_says_what_can_be_done(workspace: Path) -> None:
+    write_lines(
+        workspace / "data" / "teacher.jsonl",
+        teacher_row("甲", "train"),
+        thinking("乙", "train", "乙在杭州市。", reasoning_content="先看资料。"),
+    )
+    with pytest.raises(MtgdmError, match="comes with thoughts, as 1 of 2 do") as caught:
+        trained(workspace, preview=True)
+    assert str(caught.value.where).endswith("teacher.jsonl:2")
+    assert "--thoughts drop" in (caught.value.hint or "")
+    dropped = "\n".join(trained(workspace, preview=True, thoughts="drop").printed)
+    assert "资料。" not in dropped.split("写一句介绍")[-1]
+    trained(workspace, preview=True, thoughts="keep")
+
+
+def test_an_answer_of_weight_0_is_read_and_not_trained(workspace: Path) -> None:
+    row = teacher_row("甲", "train", "好的回答。")
+    bad = {"role": "assistant", "content": "坏的回答。", "weight": 0}
+    row["messages"][2:2] = [bad, {"role": "user", "content": "再说"}]
+    write_lines(workspace / "data" / "teacher.jsonl", row)
+    lines = trained(workspace, preview=True).printed
+    trained_lines = "".join(line for line in lines if line.startswith("  +")).replace("|", "")
+    assert "好的回答" in trained_lines
+    assert "坏的" not in trained_lines
+    assert "坏的" in "".join(lines).replace("|", "")
+
+
+def test_the_checkpoint_carries_the_template_it_was_trained_by(workspace: Path) -> None:
+    from mtgdm.student.generation import load_chat
+
+    template = workspace / "base" / "chat_template.jinja"
+    template.write_text(THINKING, encoding="utf-8")
+    ran = trained(workspace, max_steps=1, eval_steps=1)
+    assert any("thinking is off" in line for line in ran.printed)
+    saved = (checkpoint(workspace) / "chat_template.jinja").read_text(encoding="utf-8")
+    assert saved != THINKING
+    with quiet():
+        chat = load_chat(str(checkpoint(workspace)), "checkpoint", workspace)
+    assert chat.template == saved
+    assert record(workspace)["answer_start"] == chat.answer_start
+    assert chat.answer_start.endswith("<think>\n\n</think>\n\n")
+
+
+def test_a_row_of_several_turns_may_make_several_examples_and_that_is_told(workspace: Path) -> None:
+    (workspace / "base" / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    row = teacher_row("甲", "train")
+    row["messages"] += [{"role": "user", "content": "在哪？"}, {"role": "assistant", "content": "在杭州市。"}]
+    write_lines(workspace / "data" / "teacher.jsonl", row)
+    ran = trained(workspace, preview=True)
+    assert any("1 rows of train make 2" in line for line in ran.printed)

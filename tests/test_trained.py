@@ -11,6 +11,7 @@ import pytest
 from mtgdm.export.trained import Trained
 from mtgdm.export.turns import NotOfTurns
 from mtgdm.student.noise import quiet
+from mtgdm.student.template import CHATML
 from tests.conftest import write_lines
 from tests.tiny_student import LLAMA3, MARKED, THINKING, make_base, teacher_row
 
@@ -55,9 +56,12 @@ def as_a_server_asks(student: Trained) -> str:
     return str(texts[0])
 
 
-def test_an_ordinary_template_goes_into_the_gguf_as_it_is(base: Path, tmp_path: Path) -> None:
-    student = trained(base, tmp_path)
-    assert student.template == student.chat.tokenizer.chat_template
+def test_the_template_in_the_gguf_offers_nothing_that_was_not_trained(base: Path, tmp_path: Path) -> None:
+    offering = CHATML.replace("{% for", "{% if tools %}{{ tools | tojson }}{% endif %}{% for", 1)
+    student = trained(base, tmp_path, offering)
+    assert student.chat.template == offering, "the checkpoint keeps what its base can do"
+    assert "tool" not in student.template
+    assert as_a_server_asks(student) == student.chat.prompt_text(ASK)
 
 
 @pytest.mark.parametrize("template", [THINKING, MARKED])
@@ -82,11 +86,16 @@ def test_a_template_that_does_more_is_left_to_the_gguf_and_the_modelfile_says_so
     assert "Ollama takes the one inside the GGUF" in modelfile.text().splitlines()[0]
 
 
-def test_texts_that_the_training_trimmed_are_to_come_trimmed(base: Path, tmp_path: Path) -> None:
+def test_a_template_that_trims_is_left_to_the_gguf_which_can(base: Path, tmp_path: Path) -> None:
     llama = LLAMA3.replace("<|begin_of_text|>", "").replace("<|eot_id|>", "<|im_end|>")
     modelfile = trained(base, tmp_path, llama).modelfile("x.gguf", {})
-    assert any("without white space" in remark for remark in modelfile.remarks)
-    assert modelfile.template is not None
+    assert modelfile.template is None
+    assert any("white space" in remark for remark in modelfile.remarks)
+    assert "TEMPLATE" not in modelfile.request()
+    lines = modelfile.text().splitlines()
+    first = lines.index(next(line for line in lines if line.startswith('# TEMPLATE """')))
+    of_old = "\n".join(line.removeprefix("# ") for line in lines[first:]).partition('"""')[2]
+    assert of_old.startswith(modelfile.template_of_old or "nothing"), "an older Ollama still gets one by hand"
 
 
 def test_a_system_text_that_all_training_rows_share_is_the_students(base: Path, tmp_path: Path) -> None:

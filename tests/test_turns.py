@@ -13,8 +13,8 @@ import pytest
 
 from mtgdm.domain import Message
 from mtgdm.export.turns import NotOfTurns, Render, Turns, turns_of
-from mtgdm.student.chat import CHATML
 from mtgdm.student.noise import quiet
+from mtgdm.student.template import CHATML
 from tests import go_template
 from tests.tiny_student import LLAMA3, MARKED, THINKING
 
@@ -29,13 +29,24 @@ WITH_A_SYSTEM_TEXT_OF_ITS_OWN = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 """As Qwen2.5's own does: a chat without a system text gets one."""
-SYSTEM_INSIDE_THE_USER_TURN = (
+SYSTEM_IN_THE_FIRST_QUESTION = (
     "{% if messages[0].role == 'system' %}{% set s = messages[0].content + '\n\n' %}{% set ms = messages[1:] %}"
     "{% else %}{% set s = '' %}{% set ms = messages %}{% endif %}"
     "{% for m in ms %}{% if m.role == 'user' %}{{ '[INST] ' + (s if loop.first else '') + m.content + ' [/INST]' }}"
     "{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}"
 )
-"""As Mistral's does."""
+"""As those of Gemma 3 and of Mistral's first models do."""
+SYSTEM_IN_THE_LAST_QUESTION = SYSTEM_IN_THE_FIRST_QUESTION.replace("loop.first", "loop.last")
+"""As that of Mistral Nemo does."""
+NO_LINE_ENDS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
+)
+"""As that of Phi-4-mini does: what stands behind a last turn stands behind no other."""
+ANSWERS_WITHOUT_LEADING_LINES = CHATML.replace(
+    "message['content']",
+    "(message['content'].lstrip('\n') if message['role'] == 'assistant' else message['content'])",
+)
 
 TEMPLATES = {
     "chatml": CHATML,
@@ -43,6 +54,10 @@ TEMPLATES = {
     "thinking": THINKING,
     "with generation marks": MARKED,
     "with a system text of its own": WITH_A_SYSTEM_TEXT_OF_ITS_OWN,
+    "system in the first question": SYSTEM_IN_THE_FIRST_QUESTION,
+    "system in the last question": SYSTEM_IN_THE_LAST_QUESTION,
+    "without line ends": NO_LINE_ENDS,
+    "answers without leading lines": ANSWERS_WITHOUT_LEADING_LINES,
 }
 CHATS: list[list[Message]] = [
     [{"role": role, "content": text} for role, text in chat]
@@ -80,7 +95,7 @@ def renderer(template: str) -> Render:
 
 
 def found(template: str) -> Turns:
-    return turns_of(template, renderer(template), bos=BOS)
+    return turns_of(renderer(template), bos=BOS)
 
 
 def chats_for(turns: Turns) -> list[list[Message]]:
@@ -171,22 +186,27 @@ def test_the_bos_token_is_left_to_a_server_that_adds_it() -> None:
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        (SYSTEM_INSIDE_THE_USER_TURN, "fixed text|hangs on the turns"),
-        ("{{ strftime_now('%d') }}" + CHATML, "date of the day"),
+        (
+            SYSTEM_IN_THE_FIRST_QUESTION.replace("s + m", "m.content[:3] + s + m").replace(
+                "(s ", "(m.content[:3] + s "
+            ),
+            "repeats|changes the texts",
+        ),
+        ("{{ raise_exception('no') }}" + CHATML, "refuses a chat"),
         (CHATML.replace("<|im_end|>", "{{"), "braces"),
         (CHATML.replace("message['content']", "message['content'] | upper"), "leaves out, repeats or moves"),
         (
             CHATML.replace("message['content']", "message['content'] | replace('\n\n', '\n')"),
-            "does more than to set a fixed text",
+            "changes the texts of the role",
         ),
     ],
 )
 def test_a_template_that_does_more_is_refused(template: str, why: str) -> None:
     with pytest.raises(NotOfTurns, match=why):
-        turns_of(template, renderer(template))
+        turns_of(renderer(template))
 
 
 def test_a_prompt_that_would_be_written_otherwise_is_found() -> None:
     odd = CHATML.replace("message['content']", "message['content'] | replace('西湖', '東湖')")
     with pytest.raises(NotOfTurns):
-        turns_of(odd, renderer(odd), prompts=CHATS)
+        turns_of(renderer(odd), prompts=CHATS)

@@ -75,7 +75,9 @@ class Weights:
     @property
     def borrows_tokenizer(self) -> bool:
         """Whether it is an adapter that speaks as its base does, for want of a tokenizer of its own."""
-        return self.is_adapter and not (Path(self.source) / "tokenizer_config.json").is_file()
+        from mtgdm.student.adapter_files import has_tokenizer
+
+        return self.is_adapter and not has_tokenizer(Path(self.source))
 
     @property
     def states(self) -> dict[str, Any]:
@@ -124,9 +126,12 @@ class Local(Student):
         self._load_in_4bit = load_in_4bit
         self._batch = batch
         with _base_errors(self.name) if self.weights.borrows_tokenizer else _other_flags():
-            self._chat = generation.load_chat(self.weights.source, name, workspace)
+            self._chat = generation.load_chat(
+                self.weights.source, name, workspace, base_source=self.weights.base_source
+            )
         if self.weights.training is not None:
-            self.weights.training.check_template(self._chat.fingerprint)
+            self.weights.training.check_chat(self._chat)
+            self.may_think = self.weights.training.thoughts
         self._prompts = {row.id: prompt_ids(self._chat, row) for row in rows}
         self.max_new_tokens = max_new_tokens or answer_limit(self._chat, references)
         self._model: Any = None
@@ -209,7 +214,7 @@ class Local(Student):
             answer([row], 1, room)
 
     def _load(self) -> Any:
-        from mtgdm.student import base, generation
+        from mtgdm.student import adapter_files, base, generation
 
         weights = self.weights
         if not weights.is_adapter:
@@ -227,7 +232,7 @@ class Local(Student):
                 weights.base_source, weights.base_model, self._placement, load_in_4bit=self._load_in_4bit
             )
         tokens, known = len(self._chat.tokenizer), model.get_input_embeddings().num_embeddings
-        if tokens > known:
+        if tokens > adapter_files.vocabulary(Path(weights.source), known):
             raise UserError(
                 f"the student's tokenizer has {tokens:,} tokens, its base {weights.base_model} knows {known:,}",
                 where=weights.source,

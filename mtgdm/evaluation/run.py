@@ -29,6 +29,7 @@ from mtgdm.evaluation.earlier import (
     same,
 )
 from mtgdm.evaluation.student import RUNTIME, Reply, Student
+from mtgdm.evaluation.thoughts import split, without_thoughts
 from mtgdm.manifest import settings_digest
 from mtgdm.rows import Journal, Row
 from mtgdm.scoring.failures import number
@@ -108,7 +109,7 @@ class Evaluation:
         student was trained on. `partial`: rows not wanted stay.
         """
         self._student = student
-        self._wanted = list(wanted)
+        self._wanted = [without_thoughts(row) for row in wanted]
         self._context = context
         self._out = out
         self._test = test
@@ -205,7 +206,10 @@ class Evaluation:
 
             def answered(row: Row, reply: Reply) -> None:
                 self._asked += 1
+                reply = split(reply) if self._student.may_think else reply
                 scored = self._scored(row, (reply.text, reply.runtime), of_base.get(row.id))
+                if reply.thoughts:
+                    scored["thoughts"] = reply.thoughts
                 journal.append(scored)
                 self._aside.forget()
                 keep(scored)
@@ -227,7 +231,7 @@ class Evaluation:
             started, self._tokens = time.monotonic(), 0
 
             def answered(row: Row, reply: Reply) -> None:
-                known.add(row, reply)
+                known.add(row, split(reply) if self._student.may_think else reply)
                 bar.advance()
                 bar.note(" · ".join(["base model", *self._speed(reply, started)]))
 
@@ -359,7 +363,8 @@ class Evaluation:
         if same(value.get("reference"), row.answer) and same(value["meta"], self._meta(row)):
             return value
         beside = (value["base_output"], _runtime(value["base_metrics"])) if "base_metrics" in value else None
-        return self._scored(row, (value["output"], _runtime(value["metrics"])), beside)
+        scored = self._scored(row, (value["output"], _runtime(value["metrics"])), beside)
+        return scored | {key: value[key] for key in ("thoughts",) if key in value}
 
     def _tell_changes(self, there: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> None:
         left = {value["id"] for value in kept}

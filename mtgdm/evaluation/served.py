@@ -58,6 +58,7 @@ class Served(Student):
         base_model: str | None = None,
         constrained: bool = False,
         normalise: bool = False,
+        may_think: bool = True,
         say: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -66,6 +67,7 @@ class Served(Student):
         `normalise` sends texts in NFC, as the student's own tokenizer reads them: llama.cpp takes them as they are.
         """
         self._normalise = normalise
+        self.may_think = may_think
         self._domain = domain
         self._standard = AsItIs(domain, constrained=constrained)
         self._constrained = constrained

@@ -31,6 +31,8 @@ class Reply:
     latency_s: float
     batch_rows: int | None = None
     """How many rows were generated at once, whose time `latency_s` is a share of; None for a question of its own."""
+    thoughts: str = ""
+    """What it thought before the text, where that was told apart."""
 
     @property
     def runtime(self) -> dict[str, Any]:
@@ -67,6 +69,8 @@ class Student(ABC):
     """The same of its base's answers."""
     max_new_tokens: int
     """Where an answer is cut."""
+    may_think: bool = True
+    """Whether thoughts before an answer are told from it: not of a student that was trained to write none."""
     witness: Row | None = None
     """A row that was answered before, where there is one: by it a student that is gone is told from one that fails."""
 

@@ -14,6 +14,7 @@ from mtgdm.errors import UserError
 
 if TYPE_CHECKING:
     from mtgdm.rows import Row
+    from mtgdm.student.chat import Chat
 
 FILE = "training.json"
 
@@ -31,6 +32,10 @@ class Training:
 
     base_state: Mapping[str, str]
     """`checkpoints.model_state` of the base; empty where an earlier mtgdm wrote the file."""
+    answer_start: str | None = None
+    """What the chat template wrote before each answer; None where an earlier mtgdm wrote the file."""
+    thoughts: bool = False
+    """Whether the student writes its thoughts before an answer."""
 
     @classmethod
     def of(cls, folder: Path) -> Training | None:
@@ -47,6 +52,8 @@ class Training:
                 frozenset(map(_spot_key, value["train_spots"])),
                 frozenset(value.get("train_ids") or value.get("train_ids_without_spot", ())),
                 dict(value.get("base_state") or {}),
+                _text(value.get("answer_start")),
+                value.get("thoughts") is True,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -66,14 +73,21 @@ class Training:
             if row.id in self.ids or (row.spot is not None and _spot_key(row.spot) in self.spots)
         ]
 
-    def check_template(self, fingerprint: str) -> None:
-        """UserError where the student would be asked by another chat template than it learnt."""
-        if self.template_fingerprint not in (None, fingerprint):
+    def check_chat(self, chat: Chat) -> None:
+        """UserError where the student would be asked by another chat template than it was trained with."""
+        if self.template_fingerprint not in (None, *chat.fingerprints):
             raise UserError(
-                f"the chat template is not the one that the student was trained with (fingerprint {fingerprint}, "
-                f"in training {self.template_fingerprint}): its answers would not be its own",
+                f"the chat template is not the one that the student was trained with (fingerprint "
+                f"{chat.fingerprint}, in training {self.template_fingerprint}): its answers would not be its own",
                 where=self.path.parent,
                 hint="put back the chat_template.jinja and tokenizer_config.json of the training, or train again",
+            )
+        if self.answer_start not in (None, chat.answer_start):
+            raise UserError(
+                f"an answer would begin after {chat.answer_start!r}, and began after {self.answer_start!r} in the "
+                "training",
+                where=self.path.parent,
+                hint="put back the tokenizer files of the training, or train again",
             )
 
     def check_base(self, named: str | None) -> None:

@@ -77,9 +77,12 @@ class Vllm(Student):
                 hint="leave out --base-model, or --backend local",
             )
         self.name, self.base_name = self.weights.shown, self.weights.base_model
-        chat = generation.load_chat(self.weights.source, name, workspace)
+        chat = generation.load_chat(
+            self.weights.source, name, workspace, base_source=self.weights.base_source
+        )
         if self.weights.training is not None:
-            self.weights.training.check_template(chat.fingerprint)
+            self.weights.training.check_chat(chat)
+            self.may_think = self.weights.training.thoughts
         self._prompts = {row.id: prompt_ids(chat, row) for row in rows}
         self.max_new_tokens = max_new_tokens or answer_limit(chat, references)
         self._end_of_turn = chat.end_of_turn

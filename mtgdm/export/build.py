@@ -6,10 +6,14 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypedDict
 
+from safetensors.torch import save_file
+
 from mtgdm import __version__, rows
+from mtgdm.checkpoints import ADAPTER_FILE
 from mtgdm.errors import UserError
 from mtgdm.export import disk, folder, gguf, lora, lora_gguf, merge, parity, readback
 from mtgdm.export.card import ADAPTER, Card, File, proof_cells
@@ -20,17 +24,17 @@ from mtgdm.export.parity import Proof
 from mtgdm.export.trained import Trained
 from mtgdm.rows import Row
 from mtgdm.stage import Context
+from mtgdm.student import adapter_files
 
-PROOF_ROWS = 6
-"""About so many rows a GGUF is compared on, as many of each prompt type."""
+PROOF_ROWS = 3
+"""So many rows at least a GGUF is compared on, as many of each prompt type."""
 
 _ADAPTER_CONFIG, _TRAINING = "adapter_config.json", "training.json"
-_ADAPTER_FILES = (
-    "adapter_model.safetensors",
+_TEMPLATE = "chat_template.jinja"
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
 )
 
 
@@ -107,7 +111,7 @@ def _weights(
             student.checkpoint,
             student.source,
             student.base_model,
-            student.chat.tokenizer,
+            student.chat,
             order.dtype,
             folder_,
             advance=bar.advance,
@@ -159,8 +163,7 @@ def _proved(
     if not paths:
         return []
     chosen = proof_rows(student.rows)
-    with context.progress(len(chosen) * len(paths), "rows") as bar:
-        bar.note("comparing with the trained model")
+    with context.progress(len(chosen) * (1 + len(paths)), "rows") as bar:
         proofs = parity.prove_all(
             paths,
             student.checkpoint,
@@ -170,6 +173,7 @@ def _proved(
             workspace=context.workspace,
             merged=folder_,
             advance=bar.advance,
+            note=bar.note,
         )
     context.terminal.table(
         ["type", "compared by", "#tokens equal", "#mean KL", "#top-1", "#greedy equal"],
@@ -203,23 +207,35 @@ def _refuse_others(proofs: Mapping[str, Proof], paths: Sequence[Path], dtype: st
 
 
 def proof_rows(answered: Sequence[Row]) -> list[Row]:
-    """The rows that a GGUF is proved on: the first of each prompt type."""
+    """The rows that a GGUF is proved on: the shortest of each prompt type, one of each type before a second."""
     by_type: dict[str | None, list[Row]] = {}
     for row in answered:
         by_type.setdefault(row.type, []).append(row)
     share = -(-PROOF_ROWS // max(1, len(by_type)))
-    return [row for group in by_type.values() for row in group[:share]]
+    groups = [sorted(group, key=_characters)[:share] for group in by_type.values()]
+    return [row for rank in zip_longest(*groups) for row in rank if row is not None]
+
+
+def _characters(row: Row) -> int:
+    return sum(len(message["content"]) for message in row.messages)
 
 
 def _copy_adapter(student: Trained, folder_: Path) -> None:
     folder_.mkdir()
-    for name in _ADAPTER_FILES:
-        if (student.checkpoint / name).is_file():
-            shutil.copyfile(student.checkpoint / name, folder_ / name)
+    weights = adapter_files.weights_file(student.checkpoint)
+    if weights.suffix == ".bin":
+        save_file(adapter_files.tensors(student.checkpoint), folder_ / ADAPTER_FILE)
+    else:
+        shutil.copyfile(weights, folder_ / ADAPTER_FILE)
+    for name in _TOKENIZER_FILES:
+        if (student.tokenizer_folder / name).is_file():
+            shutil.copyfile(student.tokenizer_folder / name, folder_ / name)
     adapter = lora.config_of(student.checkpoint)
     if student.revision is not None and adapter.get("revision") is None:
         adapter["revision"] = student.revision  # of the base: another one would be another model
     adapter["base_model_name_or_path"] = student.base_name
+    # An earlier mtgdm left the base's own in the checkpoint, which may think where the student was trained not to.
+    _write(folder_ / _TEMPLATE, student.chat.template)
     if (student.checkpoint / _TRAINING).is_file():
         _write(folder_ / _TRAINING, json.dumps(student.training_to_tell, ensure_ascii=False, indent=2) + "\n")
     _write(folder_ / _ADAPTER_CONFIG, json.dumps(adapter, ensure_ascii=False, indent=2) + "\n")

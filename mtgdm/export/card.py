@@ -269,7 +269,7 @@ def proof_cells(proof: Mapping[str, Any]) -> list[str]:
         _count(proof["tokens_equal"], proof["rows"]),
         _figure(proof["mean_kl"], ".1e"),
         _figure(proof["top1_agreement"], ".1%"),
-        _count(proof["greedy_equal"], proof["rows"]),
+        _count(proof["greedy_equal"], proof["greedy_rows"]),
     ]
 
 

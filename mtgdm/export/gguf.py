@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 from mtgdm.checkpoints import json_object
 from mtgdm.errors import UserError
-from mtgdm.export import architectures, quantize, vocabulary
+from mtgdm.export import architectures, quantize, rotary, vocabulary
 from mtgdm.export.architectures import Family
+from mtgdm.export.vocabulary import Vocabulary
 from mtgdm.export.weights import Weights, ignore, is_finite, width
 
 Quant = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
@@ -42,6 +44,7 @@ CASTS = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
 _Q8_BLOCK_BYTES = 34
 _CHUNK_NUMBERS = 2**20
 """So many numbers are encoded at once: 4 MiB in float32."""
@@ -90,7 +93,7 @@ def convert(
     cannot hold as it is, and for a k-quant without llama-cpp-python.
     """
     config = config_of(merged)
-    if found := architectures.problems(config, merged):
+    if found := architectures.problems(config, merged, template):
         raise UserError(f"this model cannot be written as GGUF: {found[0]}", where=merged)
     if quant not in _WRITTEN_HERE:
         quantize.require()
@@ -172,10 +175,18 @@ def header(
 ) -> gguf.GGUFWriter:
     """A writer to `out` with all the keys of a file."""
     writer = gguf.GGUFWriter(out, architectures.family(config).architecture)
-    _add_general(writer, name, _file_type(quant))
+    words = vocabulary.read(merged, int(config["vocab_size"]), template)
+    _add_general(writer, _named(name, words), _file_type(quant))
     architectures.add_keys(writer, config)
-    _add_tokenizer(writer, merged, config, template)
+    _add_tokenizer(writer, words, _special_ids(words, config), _end_of_turn(merged, template), template)
     return writer
+
+
+def _named(name: str, words: Vocabulary) -> str:
+    """A name that tells llama.cpp what the tokenizer does: with phi-3 in it, tokens take the spaces behind them."""
+    if words.strips_like_phi3:
+        return name if _PHI3.search(name) else f"{name} (phi-3)"
+    return _PHI3.sub("phi 3", name)
 
 
 def _file_type(quant: str) -> LlamaFileType:
@@ -191,9 +202,8 @@ def plan(weights: Weights, config: Mapping[str, Any], wanted: GGMLQuantizationTy
     """The tensors of a file in their order; UserError for one that has no place in it."""
     found = architectures.family(config)
     names = name_map(found, config)
-    factors = architectures.rope_factors(config)
-    if factors is not None:
-        yield Tensor(None, "rope_freqs.weight", factors.shape, GGMLQuantizationType.F32)
+    for computed, factors in rotary.tensors(config).items():
+        yield Tensor(None, computed, factors.shape, GGMLQuantizationType.F32)
     for name, stored in weights.stored.items():
         if name.endswith(_LEFT_OUT) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
             continue
@@ -226,21 +236,46 @@ def _add_general(writer: gguf.GGUFWriter, name: str, file_type: LlamaFileType) -
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, merged: Path, config: Mapping[str, Any], template: str) -> None:
-    about = vocabulary.read(merged, int(config["vocab_size"]))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(about.pre)
-    writer.add_token_list(about.tokens)
-    writer.add_token_types(about.types)
-    writer.add_token_merges(about.merges)
-    writer.add_add_bos_token(about.adds_bos)
+def _special_ids(words: Vocabulary, config: Mapping[str, Any]) -> dict[str, int]:
+    """The special tokens that the tokenizer names, and those that the configuration alone does."""
+    named = {role: config.get(f"{role}_token_id") for role in vocabulary.ROLES}
+    return {
+        **{
+            role: place
+            for role, place in named.items()
+            if type(place) is int and 0 <= place < len(words.tokens)
+        },
+        **words.ids,
+    }
+
+
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, words: Vocabulary, ids: Mapping[str, int], end_of_turn: int, template: str
+) -> None:
+    writer.add_tokenizer_model(words.model)
+    writer.add_tokenizer_pre(words.pre)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.types)
+    if words.merges:
+        writer.add_token_merges(words.merges)
+    if words.scores:
+        writer.add_token_scores(words.scores)
+    if words.space_in_front is not None:
+        writer.add_add_space_prefix(words.space_in_front)
+    writer.add_add_bos_token(words.adds_bos)
     writer.add_add_eos_token(False)
-    adders = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "pad": writer.add_pad_token_id}
-    for role, add in adders.items():
-        if role in about.ids:
-            add(about.ids[role])
-    if (end := _end_of_turn(merged, template)) != about.ids.get("eos"):
-        writer.add_eot_token_id(end)
+    adders = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "pad": writer.add_pad_token_id,
+        "unk": writer.add_unk_token_id,
+        "sep": writer.add_sep_token_id,
+        "mask": writer.add_mask_token_id,
+    }
+    for role, place in ids.items():
+        adders[role](place)
+    if end_of_turn != ids.get("eos"):
+        writer.add_eot_token_id(end_of_turn)
     writer.add_chat_template(template)
 
 
@@ -279,13 +314,9 @@ def _chunks(
 def parts_of(planned: Tensor, weights: Weights, config: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     """The weights of a tensor of the file, some rows at a time."""
     if planned.source is None:
-        factors = architectures.rope_factors(config)
-        assert factors is not None
-        yield torch.from_numpy(factors)
+        yield torch.from_numpy(rotary.tensors(config)[planned.name])
         return
-    tensor = weights.tensor(planned.source)
-    if architectures.interleaved(architectures.family(config), planned.source):
-        tensor = architectures.interleave(tensor, architectures.head_size(config))
+    tensor = architectures.in_gguf(planned.source, weights.tensor(planned.source), config)
     rows = max(1, _CHUNK_NUMBERS // prod(tensor.shape[1:]))
     for first in range(0, len(tensor), rows):
         yield tensor[first : first + rows]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from mtgdm.errors import UserError
-from mtgdm.student.base import adapter_config, training_settings
+from mtgdm.student import adapter_files
+from mtgdm.student.base import adapter_config, names_base, training_settings
 
-_PREFIX = "base_model.model."
 _PART = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?"
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
@@ -27,7 +25,6 @@ _REFUSED = {
     "lora_bias": "biases inside LoRA",
     "layer_replication": "replicated layers",
     "megatron_config": "Megatron layers",
-    "trainable_token_indices": "trained tokens apart from the embeddings",
     "target_parameters": "LoRA on bare parameters",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
@@ -71,15 +68,27 @@ class Lora:
     config: Mapping[str, Any]
     pairs: Mapping[str, Pair]
     replaced: Mapping[str, torch.Tensor]
+    tokens: Mapping[str, tuple[list[int], torch.Tensor]] = field(default_factory=dict)
+    """Rows that were trained alone, by the tensor they take a place in."""
 
     def tensor(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A tensor of the base as it was trained to be, in float32."""
+        """A tensor of the base as it was trained to be, in float32; with rows of zeros where it had fewer of them."""
         weight = self.replaced.get(name, weight).float()
+        if name in self.tokens:
+            places, values = self.tokens[name]
+            missing = max(0, max(places) + 1 - len(weight))
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+            weight[places] = values.float()
         return self.pairs[name].added_to(weight) if name in self.pairs else weight
 
-    def changes(self, name: str) -> bool:
-        """Whether a tensor is another than in the base."""
-        return name in self.pairs or name in self.replaced
+    def part_ways(self, one: str, other: str) -> bool:
+        """Whether two tensors that are one in the base are two after the training."""
+        if one in self.pairs or other in self.pairs:
+            return True
+        first, second = self.replaced.get(one), self.replaced.get(other)
+        if first is None and second is None:
+            return False
+        return first is None or second is None or not torch.equal(first, second)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], base: str, where: Path) -> None:
         """UserError where a tensor of the adapter has no counterpart of its shape in the base."""
@@ -87,6 +96,8 @@ class Lora:
             _check_shape(name, (pair.b.shape[0], pair.a.shape[1]), shapes, base, where)
         for name, tensor in self.replaced.items():
             _check_shape(name, tuple(tensor.shape), shapes, base, where)
+        for name, (_, values) in self.tokens.items():
+            _check_shape(name, (shapes.get(name, (0,))[0], values.shape[1]), shapes, base, where)
 
 
 def _check_shape(
@@ -97,7 +108,7 @@ def _check_shape(
         raise UserError(
             f"the adapter does not fit its base {base}: {name}, for which it holds {shape}, {found}",
             where=where,
-            hint="was it trained on another model? `base_model` in training.json names it",
+            hint=f"was it trained on another model? {names_base(str(where))}",
         )
 
 
@@ -111,13 +122,7 @@ def read(folder: Path) -> Lora:
             where=path,
             hint="merge it with PEFT's merge_and_unload()",
         )
-    try:
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"the adapter cannot be read: {error}", where=folder / "adapter_model.safetensors"
-        ) from error
-    return _sorted(config, tensors, path)
+    return _sorted(config, adapter_files.tensors(folder), path)
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -150,8 +155,14 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
 def _sorted(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: Path) -> Lora:
     halves: dict[str, dict[str, torch.Tensor]] = {}
     replaced: dict[str, torch.Tensor] = {}
+    tokens: dict[str, tuple[list[int], torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
+        if trained := adapter_files.tokens_of(key, config):
+            tokens[trained[0]] = trained[1], tensor
+            continue
+        name = adapter_files.plain_name(key)
+        if name is None:
+            continue
         if part := _PART.fullmatch(name):
             # The factors of an embedding stand the other way round: A is (rank, tokens), B is (width, rank).
             kind = "magnitude" if part["magnitude"] else f"{part['embedding'] or ''}{part['half']}"
@@ -159,9 +170,9 @@ def _sorted(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], wher
         elif "lora_" in name or "token_adapter" in name:
             raise UserError(f"the adapter holds a tensor of an unknown kind: {key}", where=where)
         else:
-            replaced[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+            replaced[name] = tensor
     pairs = {f"{module}.weight": _pair(module, found, config, where) for module, found in halves.items()}
-    return Lora(config, pairs, replaced)
+    return Lora(config, pairs, replaced, tokens)
 
 
 def _pair(module: str, found: Mapping[str, torch.Tensor], config: Mapping[str, Any], where: Path) -> Pair:

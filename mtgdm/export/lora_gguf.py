@@ -70,6 +70,8 @@ def adapter_problem(trained: Lora, base_config: Mapping[str, Any]) -> str | None
     """Why an adapter cannot be written apart from its base; None where it can."""
     if trained.replaced:
         return f"it trained {next(iter(trained.replaced))} as a whole"
+    if trained.tokens:
+        return f"it trained single tokens of {next(iter(trained.tokens))}"
     if any(pair.magnitude is not None for pair in trained.pairs.values()):
         return "it is a DoRA adapter"
     if "model.embed_tokens.weight" in trained.pairs:

@@ -2,23 +2,24 @@
 
 Nothing holds the whole model: a tensor of the base is read, what the adapter adds is added in float32, and the
 sum is cast and appended to its shard. So the memory is that of the largest tensor and of the adapter, whatever the
-size of the model. Where the whole model fits into memory twice, its logits are compared as well.
+size of the model. The logits of both are compared in the same way, a layer at a time.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from accelerate import init_empty_weights
+from transformers import PretrainedConfig
 
+from mtgdm.checkpoints import full_precision
 from mtgdm.errors import UserError
-from mtgdm.export import disk, lora
+from mtgdm.export import disk, lora, widening
 from mtgdm.export.lora import Lora
 from mtgdm.export.weights import (
     SHARD_BYTES,
@@ -32,7 +33,9 @@ from mtgdm.export.weights import (
     width,
     write_shards,
 )
-from mtgdm.student.base import folder_of, load_config, load_model, place
+from mtgdm.student import adapter_files
+from mtgdm.student.adapter_files import EMBEDDINGS, OUTPUT
+from mtgdm.student.base import at_hand, folder_of, load_config, load_model
 from mtgdm.student.chat import Chat
 from mtgdm.student.generation import with_adapter
 
@@ -40,10 +43,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 LOGIT_LIMIT = 1e-3
 """Largest difference of a logit between adapter and merged model in float32 (measured: 3e-5 to 8e-5)."""
-MEMORY_SHARE = 0.5
-"""The logits are compared where base and merged model in float32 take less than this share of the free memory."""
-_PROBE_SHAPE = (4, 64)
-_EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_PROBE_SHAPE = (2, 64)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def merge(
     checkpoint: Path,
     base: str,
     name: str,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     dtype: Dtype,
     out: Path,
     *,
@@ -81,26 +81,35 @@ def merge(
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"the base {name} is stored quantized, and an adapter is merged into full precision",
-            hint="`base_model` in training.json may name the model in full precision that it was made from",
+            hint="name the model that it was made from: --base-model "
+            + (full_precision(name) or "NAME, in full precision"),
         )
-    merger = _Merger(Weights(folder_of(base, name)), adapter, config, _dtype(base, name, dtype))
-    adapter.check({one: stored.shape for one, stored in merger.stored.items()}, name, checkpoint)
+    weights = Weights(folder_of(base, name))
+    if EMBEDDINGS in weights.stored:
+        known = weights.stored[EMBEDDINGS].shape[0]
+        tied = bool(config.tie_word_embeddings)
+        config.vocab_size = adapter_files.check_vocabulary(checkpoint, known, name, tied=tied)
+    merger = _Merger(weights, adapter, config, dtype_of(base, name, dtype))
+    shapes = {one: stored.shape for one, stored in merger.stored.items()}
+    if config.tie_word_embeddings:
+        shapes[OUTPUT] = shapes[EMBEDDINGS]
+    adapter.check(shapes, name, checkpoint)
     parameters = sum(stored.numbers for stored in merger.stored.values())
-    unproved = _too_large(parameters)
-    difference, agreement = (None, None) if unproved else _prove(merger, checkpoint, base, name)
+    proof = _prove(merger, checkpoint, base, name)
+    unproved, (difference, agreement) = (proof, (None, None)) if isinstance(proof, str) else (None, proof)
     out.mkdir(parents=True, exist_ok=True)
     write_shards(merger.plan, merger.cast, out, advance=advance, shard_bytes=shard_bytes)
     _write_config(merger.config, out)
-    _write_generation(merger.weights.folder, out, Chat(tokenizer, name).end_of_turn)
+    _write_generation(merger.weights.folder, out, chat.end_of_turn)
     with disk.full_as_os_error(out / "tokenizer.json"):
-        tokenizer.save_pretrained(out, save_jinja_files=False)
+        chat.tokenizer.save_pretrained(out, save_jinja_files=False)
     return Merged(str(merger.dtype).removeprefix("torch."), parameters, difference, agreement, unproved)
 
 
 def merged_bytes(base: str, dtype: Dtype, *, name: str = "") -> int:
     """How much room the merged model takes on disk."""
     weights = Weights(folder_of(base, name or base))
-    wanted = named_dtype(_dtype(base, name or base, dtype))
+    wanted = named_dtype(dtype_of(base, name or base, dtype))
     return sum(stored.numbers for stored in weights.stored.values()) * width(wanted)
 
 
@@ -108,13 +117,15 @@ class _Merger:
     """The tensors of the merged model, each made when it is asked for."""
 
     def __init__(self, weights: Weights, adapter: Lora, config: PretrainedConfig, dtype: torch.dtype) -> None:
+        if config.tie_word_embeddings and EMBEDDINGS in adapter.pairs and EMBEDDINGS in adapter.replaced:
+            # The output layer is what lies under the adapter of the embeddings.
+            under = {OUTPUT: adapter.replaced[EMBEDDINGS], **adapter.replaced}
+            adapter = replace(adapter, replaced=under)
         self.weights = weights
         self.adapter = adapter
         self.config = config
         self.dtype = dtype
-        self._part_ways = bool(config.tie_word_embeddings) and any(
-            adapter.changes(one) for one in (_EMBEDDINGS, _OUTPUT)
-        )
+        self._part_ways = bool(config.tie_word_embeddings) and adapter.part_ways(EMBEDDINGS, OUTPUT)
         if self._part_ways:
             # An adapter on one of two tied matrices: the merged ones differ, so each needs a place of its own.
             config.tie_word_embeddings = False
@@ -125,9 +136,15 @@ class _Merger:
         """What the base holds, with the output apart where it has to be written apart."""
         found = dict(self.weights.stored)
         if self._part_ways:
-            found.setdefault(_OUTPUT, found[_EMBEDDINGS])
-        elif self.config.tie_word_embeddings:
-            found.pop(_OUTPUT, None)
+            found.setdefault(OUTPUT, found[EMBEDDINGS])
+        for name in (EMBEDDINGS, OUTPUT):
+            if name in found:
+                stored = found[name]
+                found[name] = replace(stored, shape=(self.config.vocab_size, *stored.shape[1:]))
+        if self._part_ways:
+            return found
+        if self.config.tie_word_embeddings:
+            found.pop(OUTPUT, None)
         return found
 
     @property
@@ -140,8 +157,10 @@ class _Merger:
 
     def exact(self, name: str) -> torch.Tensor:
         """A tensor in float32, before the cast."""
-        source = name if name in self.weights.stored else _EMBEDDINGS
-        return self.adapter.tensor(name, self.weights.tensor(source))
+        source = name if name in self.weights.stored else EMBEDDINGS
+        tensor = self.adapter.tensor(name, self.weights.tensor(source))
+        # Of a vocabulary that was cut for the training, what was not trained is cut too.
+        return tensor[: self.config.vocab_size] if name in (EMBEDDINGS, OUTPUT) else tensor
 
     def cast(self, name: str) -> torch.Tensor:
         """A tensor as it is written; UserError where it is no number, or none in that dtype."""
@@ -154,43 +173,39 @@ class _Merger:
         return cast
 
 
-def _dtype(base: str, name: str, wanted: Dtype) -> torch.dtype:
-    """The dtype asked for; `auto` is the one the base is stored in."""
+def dtype_of(base: str, name: str, wanted: str) -> torch.dtype:
+    """The dtype asked for; `auto` is the one that most of the base's bytes are stored in.
+
+    Of a base that is not at hand it is what its config.json says, which need not say anything.
+    """
     if wanted != "auto":
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
-    stored = load_config(base, name).dtype
-    return stored if isinstance(stored, torch.dtype) else torch.bfloat16
+    if (folder := at_hand(base)) is not None and (stored := Weights(folder).main_dtype) is not None:
+        return stored
+    declared = load_config(base, name).dtype
+    return declared if isinstance(declared, torch.dtype) else torch.bfloat16
 
 
 # --- proof ---------------------------------------------------------------------------------------
 
 
-def _too_large(parameters: int) -> str | None:
-    """Why the logits of base and merged model are not compared: both in float32 would fill the memory."""
-    needed, free = 2 * 4 * parameters, psutil.virtual_memory().available
-    if needed <= MEMORY_SHARE * free:
-        return None
-    return (
-        f"comparing the logits would take {needed / 2**30:,.0f} GiB of memory, more than {MEMORY_SHARE:.0%} of the "
-        f"{free / 2**30:,.0f} GiB that are free"
-    )
+def _prove(merger: _Merger, checkpoint: Path, base: str, name: str) -> tuple[float, float] | str:
+    """The largest difference of a logit in float32, and how often the likeliest token is the same after the cast.
 
-
-def _prove(merger: _Merger, checkpoint: Path, base: str, name: str) -> tuple[float, float]:
-    """The largest difference of a logit in float32, and how often the likeliest token is the same after the cast."""
-    tokens = _probe(merger.config.vocab_size)
-    model = load_model(base, name, place("cpu"))
-    before = _logits(with_adapter(model, str(checkpoint), name), tokens)
+    Both models are read layer by layer. Why nothing was compared, where the merged one cannot be.
+    """
+    model = load_model(base, name, widening.as_stored(base, name))
     kind: Any = type(model)
-    del model
-    merged = kind.from_pretrained(
-        None,
-        config=merger.config,
-        state_dict={one: merger.exact(one) for one in merger.stored},
-        dtype=torch.float32,
-    )
-    difference = (before - _logits(merged, tokens)).abs().max().item()
+    with init_empty_weights(include_buffers=False):
+        merged = kind(merger.config)
+    known = {*merger.stored, *merged.all_tied_weights_keys}
+    if unknown := next((one for one, _ in merged.named_parameters() if one not in known), None):
+        return f"the base's files do not hold {unknown} under the name that the model has for it"
+    tokens = _probe(merger.config.vocab_size)
+    before = _logits(with_adapter(model, str(checkpoint), name), tokens)
+    exact = _logits(merged, tokens, lambda one, _: merger.exact(one))
+    difference = (before - exact).abs().max().item()
     # Rounding grows with the logits themselves; those of small models are of the order of one.
     limit = LOGIT_LIMIT * max(1.0, before.std().item())
     if not difference <= limit:
@@ -198,18 +213,17 @@ def _prove(merger: _Merger, checkpoint: Path, base: str, name: str) -> tuple[flo
             f"the merged model differs from base and adapter by {difference:.2g} in a logit (limit {limit:.2g})",
             where=checkpoint,
         )
-    torch.nn.Module.to(merged, dtype=merger.dtype)
-    agreement = (before.argmax(-1) == _logits(merged, tokens).argmax(-1)).float().mean().item()
-    return difference, agreement
+    cast = _logits(merged, tokens, lambda one, _: merger.cast(one).float())
+    return difference, (before.argmax(-1) == cast.argmax(-1)).float().mean().item()
 
 
 def _probe(vocabulary: int) -> torch.Tensor:
     return torch.randint(0, vocabulary, _PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, tokens: torch.Tensor, make: widening.Make = widening.as_they_are) -> torch.Tensor:
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), widening.computing_in_float32(model, make):
         logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.float()
 
@@ -234,13 +248,18 @@ def _older_rope(rope: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _write_generation(base: Path, out: Path, end_of_turn: int) -> None:
-    """generation_config.json of the base, which ends an answer where the student learned to end it too."""
+    """generation_config.json by which engines decode as `mtgdm eval` does: greedily, up to the trained end of turn.
+
+    A base's own has penalties and sampling, which transformers and vLLM apply unasked. vLLM samples at a temperature
+    of 1 where none is named.
+    """
     path = base / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    declared = config.get("eos_token_id")
+    of_base = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    declared = of_base.get("eos_token_id")
     ends = [declared] if isinstance(declared, int) else list(declared or [])
+    config = {key: of_base[key] for key in ("bos_token_id", "pad_token_id") if of_base.get(key) is not None}
     config["eos_token_id"] = [*ends, *([] if end_of_turn in ends else [end_of_turn])]
-    _write_json(out / "generation_config.json", config)
+    _write_json(out / "generation_config.json", config | {"do_sample": False, "temperature": 0.0})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -36,6 +36,8 @@ class Modelfile:
     """The text that all rows of the training began with, for chats that bring none."""
     licence: str | None = None
     remarks: tuple[str, ...] = ()
+    template_of_old: str | None = None
+    """For an Ollama of before 2026, which runs no Jinja: as near to the training as Go's language comes."""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -60,6 +62,9 @@ class Modelfile:
         yield f"FROM ./{self.gguf}"
         if self.template is not None:
             yield f"TEMPLATE {_EDGE}{self.template}{_EDGE}"
+        if self.template_of_old is not None:
+            yield "# For an Ollama of before 2026, which cannot run the template inside the GGUF, uncomment this:"
+            yield from (f"# {line}" for line in f"TEMPLATE {_EDGE}{self.template_of_old}{_EDGE}".split("\n"))
         for key, value in self.parameters.items():
             for one in value if isinstance(value, list) else [value]:
                 yield f'PARAMETER {key} "{one}"' if isinstance(one, str) else f"PARAMETER {key} {one}"

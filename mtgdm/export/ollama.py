@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 
 from mtgdm.errors import UserError
+from mtgdm.evaluation.rendering import by_ollama
 from mtgdm.teachers.connections import CONNECT_TIMEOUT_S, proxy_to
 from mtgdm.teachers.ollama import Ollama
 from mtgdm.teachers.server import server_url
@@ -73,8 +74,11 @@ class OllamaServer:
             hint="name the server itself with --url",
         )
 
-    def check_name(self, name: str, request: Mapping[str, Any]) -> None:
-        """UserError where the server has a model of this name that was not made of such a request."""
+    def check_name(self, name: str, request: Mapping[str, Any], jinja: str) -> None:
+        """UserError where the server has a model of this name that was not made of such a request.
+
+        `jinja` is the template inside the GGUF, which the server shows where it was given no other.
+        """
         with self._failures(f"was asked for {name}"):
             shown = self._client.post("/api/show", json={"model": name})
         if shown.status_code == 404:
@@ -86,7 +90,7 @@ class OllamaServer:
         told: Any = None
         with suppress(ValueError):
             told = shown.json()
-        if not (isinstance(told, dict) and _is_ours(told, request)):
+        if not (isinstance(told, dict) and _is_ours(told, request, jinja)):
             raise UserError(
                 f"{name} is in Ollama already, and is no earlier one of this student: it would be replaced",
                 hint="another --ollama-create, or --overwrite",
@@ -138,6 +142,14 @@ class OllamaServer:
             f"{name} was made, but does not answer: {_said(reply.text)}",
             hint="the server's log tells more; often the context is too long for the memory",
         )
+
+    def rendered(self, name: str, messages: Sequence[Message], think: bool | None = None) -> str | None:
+        """The prompt that a model is asked with; None where the server is too old to show it."""
+        return by_ollama(self._post, name, messages, think)
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        with self._failures("was asked what it renders"):
+            return self._client.post(path, json=dict(body))
 
     def introduce(
         self, name: str, asked: Sequence[Message], prompt_tokens: int, context: Context, *, num_ctx: int
@@ -225,14 +237,14 @@ class OllamaServer:
             ) from error
 
 
-def _is_ours(shown: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
+def _is_ours(shown: Mapping[str, Any], request: Mapping[str, Any], jinja: str) -> bool:
     """Whether a model has the template and the system text that a student is made with."""
-    if "template" not in request:
-        return False
-    pairs = [
-        (str(told.get(key) or "").strip() for told in (shown, request)) for key in ("template", "system")
-    ]
-    return all(one == other for one, other in pairs)
+
+    def told(key: str) -> str:
+        return str(shown.get(key) or "").strip()
+
+    templates = {str(request.get("template") or jinja).strip(), jinja.strip()}
+    return told("template") in templates and told("system") == str(request.get("system") or "").strip()
 
 
 def _status(name: str, line: str, last: str) -> tuple[str, str]:

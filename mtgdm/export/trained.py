@@ -14,18 +14,19 @@ from typing import Any, Literal
 import torch
 import yaml
 from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
-from jinja2.exceptions import TemplateError
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mtgdm import rows
-from mtgdm.checkpoints import normalises, template_fingerprint
+from mtgdm.checkpoints import normalises
 from mtgdm.domain import Message
 from mtgdm.errors import UserError
 from mtgdm.evaluation.training import Training
 from mtgdm.export.lineage import told
+from mtgdm.export.merge import dtype_of
 from mtgdm.export.modelfile import Modelfile, can_be_quoted, context_length
 from mtgdm.export.turns import NotOfTurns, Turns, turns_of
 from mtgdm.rows import Row
+from mtgdm.student.adapter_files import has_tokenizer, vocabulary, weights_file
 from mtgdm.student.base import (
     TINY,
     adapter_config,
@@ -34,15 +35,35 @@ from mtgdm.student.base import (
     load_config,
     load_tokenizer,
     locate,
+    tokenizer_folder,
+    writes_thoughts,
 )
 from mtgdm.student.chat import Chat
 from mtgdm.student.generation import check_adapter
 
-WEIGHTS = "adapter_model.safetensors"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
-_MARKS = "generation %}"
 _ASK_TIMEOUT_S = 5.0
 _WHERE_NOW = "put it back, or say where it lies now: --base-model FOLDER"
+
+
+_COMPARED_ROWS = 3
+_CHATS = (
+    [("system", "你是讲解员。"), ("user", "西湖在哪里？")],
+    [("user", "西湖在哪里？")],
+    [("user", "西湖在哪里？"), ("assistant", "在杭州市。"), ("user", "再说一遍")],
+    [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")],
+    [
+        ("system", " \n你是讲解员。 \n"),
+        ("user", "\n 再说一遍 \n"),
+        ("assistant", "\n\n 在。 \n"),
+        ("user", "  好 \n"),
+    ],
+)
+_WITH_THOUGHTS: list[Message] = [
+    {"role": "user", "content": "1"},
+    {"role": "assistant", "content": "<think>\n2\n</think>\n\n3"},
+    {"role": "user", "content": "4"},
+]
 
 
 def read_training(checkpoint: Path) -> dict[str, Any]:
@@ -51,20 +72,11 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
         raise UserError("this is no finished checkpoint: adapter_config.json is missing", where=checkpoint)
     check_folder(str(checkpoint))
     named = adapter_config(str(checkpoint)).get("base_model_name_or_path")
-    if not (checkpoint / WEIGHTS).is_file():
-        raise UserError(
-            f"an adapter is packaged from {WEIGHTS}, which is not there",
-            where=checkpoint,
-            hint="save it with PEFT's save_pretrained(), which writes safetensors",
-        )
     check_adapter(str(checkpoint))
     known = Training.of(checkpoint)
     if known is None:
         return {"base_model": base_of(str(checkpoint))}
     known.check_base(named)
-    template = checkpoint / "chat_template.jinja"
-    if template.is_file():
-        known.check_template(template_fingerprint(template.read_bytes().decode("utf-8")))
     training: dict[str, Any] = json.loads(known.path.read_text(encoding="utf-8"))
     return training
 
@@ -111,7 +123,16 @@ class Trained:
     @cached_property
     def chat(self) -> Chat:
         """The tokenizer and the template of the training."""
-        return Chat(load_tokenizer(str(self.checkpoint), self.checkpoint.name), self.checkpoint.name)
+        folder = self.tokenizer_folder
+        name = self.checkpoint.name if folder == self.checkpoint else self.base_model
+        return Chat(load_tokenizer(str(folder), name), name, thoughts=writes_thoughts(str(self.checkpoint)))
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer of the training lies: with the adapter, or with its base where it has none."""
+        if has_tokenizer(self.checkpoint):
+            return self.checkpoint
+        return tokenizer_folder(self.source, self.base_model)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -121,6 +142,13 @@ class Trained:
 
     @cached_property
     def _config(self) -> PretrainedConfig:
+        config = self._base_config()
+        known = getattr(config, "vocab_size", None)
+        if known is not None and weights_file(self.checkpoint).is_file():
+            config.vocab_size = vocabulary(self.checkpoint, known)
+        return config
+
+    def _base_config(self) -> PretrainedConfig:
         if Path(self.source).is_dir():
             return load_config(self.source, self.base_model)
         try:
@@ -137,14 +165,13 @@ class Trained:
 
     def merged_bytes(self, dtype: str) -> int:
         """How large the merged model will be; `auto` takes the numbers that the base is stored in."""
-        stored = self._config.dtype if dtype == "auto" else getattr(torch, dtype)
-        number = stored if isinstance(stored, torch.dtype) else torch.bfloat16
+        number = dtype_of(self.source, self.base_model, dtype)
         return self.parameters * number.itemsize
 
     @property
     def tokenizer_bytes(self) -> int:
         """How large the tokenizer is, of which a small student mostly consists."""
-        path = self.checkpoint / "tokenizer.json"
+        path = self.tokenizer_folder / "tokenizer.json"
         return path.stat().st_size if path.is_file() else 0
 
     @property
@@ -183,41 +210,34 @@ class Trained:
     @cached_property
     def normalises(self) -> bool:
         """Whether the tokenizer brings text into NFC."""
-        return normalises(self.checkpoint)
+        return normalises(self.tokenizer_folder)
 
     @cached_property
     def turns(self) -> Turns | NotOfTurns:
         """The chat template taken apart, or why it cannot be."""
-        prompts = [row.prompt for row in self.rows]
+        prompts = [
+            [{"role": one["role"], "content": one["content"]} for one in row.prompt] for row in self.rows
+        ]
+        if self.chat.thoughts:  # a chat may send them back, and the template may take them off
+            prompts.append(_WITH_THOUGHTS)
         bos = self.chat.tokenizer.bos_token
-        template = str(self.chat.tokenizer.chat_template)
         try:
-            return turns_of(template, self._render, bos=bos if isinstance(bos, str) else "", prompts=prompts)
+            return turns_of(self.chat.render, bos=bos if isinstance(bos, str) else "", prompts=prompts)
         except NotOfTurns as reason:
             return reason
-        except TemplateError as error:
-            return NotOfTurns(f"it refuses a chat that others take ({error})")
 
     @cached_property
     def template(self) -> str:
-        """The chat template that goes into a GGUF: it writes what the training wrote, asked by servers as they ask.
+        """The chat template that goes into a GGUF: it writes what the training wrote, and offers nothing else.
 
-        That of the training itself, but where servers would render it otherwise: they pass no `enable_thinking`,
-        and know no generation marks.
+        An engine reads from a template that it offers tools or a switch for thoughts, and asks by what it has read.
         """
-        template = str(self.chat.tokenizer.chat_template)
-        if isinstance(self.turns, NotOfTurns):
-            return template
-        probe: list[Message] = [{"role": "user", "content": "1"}]
-        as_asked = self.chat.tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
-        if as_asked == self._render(probe, True) and _MARKS not in template:
-            return template
-        return self.turns.jinja()
+        return self.chat.template if isinstance(self.turns, NotOfTurns) else self.turns.jinja()
 
     def modelfile(self, gguf: str, licence: Mapping[str, str]) -> Modelfile:
         """What Ollama has to know, for a GGUF of this name."""
         remarks = []
-        template = None
+        template = template_of_old = None
         if isinstance(self.turns, NotOfTurns):
             remarks.append(
                 f"No TEMPLATE, for the chat template of the training cannot be written as one: {self.turns.message}. "
@@ -229,8 +249,12 @@ class Trained:
             if not can_be_quoted(template):
                 template = None
                 remarks.append("No TEMPLATE, for a Modelfile cannot hold its quotation marks.")
-            if self.turns.trims:
-                remarks.append("Send texts without white space around them: the training took it away.")
+            elif self.turns.trims:
+                template, template_of_old = None, template
+                remarks.append(
+                    "No TEMPLATE, for the training took away white space around texts, and a TEMPLATE cannot. Ollama "
+                    "takes the template inside the GGUF, which does."
+                )
         system = self.system
         if system is not None and not can_be_quoted(system):
             system = None
@@ -251,6 +275,7 @@ class Trained:
             system,
             named,
             tuple(remarks),
+            template_of_old,
         )
 
     @cached_property
@@ -277,15 +302,14 @@ class Trained:
         return [{**one, "content": unicodedata.normalize("NFC", one["content"])} for one in asked]
 
     @property
+    def chats_to_compare(self) -> list[list[Message]]:
+        """Chats whose rendering by a server is held against the training's: real prompts, and every order of turns."""
+        real = [row.prompt for row in self.rows[:_COMPARED_ROWS]]
+        return [*real, *([{"role": role, "content": text} for role, text in chat] for chat in _CHATS)]
+
+    @property
     def _adds_bos(self) -> bool:
         return list(self.chat.tokenizer("").input_ids) == [self.chat.tokenizer.bos_token_id]
-
-    def _render(self, messages: Sequence[Message], ask: bool) -> str:
-        return str(
-            self.chat.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=ask, enable_thinking=False
-            )
-        )
 
 
 def _source(base_model: str, training: Mapping[str, Any], workspace: Path) -> str:

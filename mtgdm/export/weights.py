@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +62,15 @@ class Weights:
             for name, about in _header(path).items():
                 found[name] = Stored(path, tuple(about["shape"]), about["dtype"])
         return found
+
+    @property
+    def main_dtype(self) -> torch.dtype | None:
+        """The dtype that most bytes of the weights are in; None where they are in none that a merge writes."""
+        taken: Counter[torch.dtype] = Counter()
+        for stored in self.stored.values():
+            if is_float(stored.dtype):
+                taken[_DTYPES[stored.dtype]] += stored.numbers * width(stored.dtype)
+        return max(taken, key=lambda dtype: taken[dtype], default=None)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor as it is stored."""

@@ -54,6 +54,8 @@ class EvalConfig(StageConfig):
     """Ask rows whose spot the student was trained on."""
     trained_on: Path | None = None
     """The checkpoint that a merged or served student was made from, which knows the spots it was trained on."""
+    prompt_check: Annotated[bool, Runtime()] = True
+    """Stop where a server renders the first prompt otherwise than the training did; needs --trained-on."""
     limit: int = Field(0, ge=0)
     """Only the first N rows; 0 asks all."""
     overwrite: Annotated[bool, Runtime()] = False
@@ -155,8 +157,10 @@ def run(config: EvalConfig, context: Context) -> Result:
                 "--split all asks every row"
             )
         name = _name(config)
+        from mtgdm.evaluation.thoughts import with_thoughts
+
         # Of all rows of the split: the first --limit of them are asked under the limit of tokens that all are.
-        references = [row.answer or "" for row in in_split]
+        references = [with_thoughts(row) for row in in_split]
         student = _student(name, wanted, references, config, context)
         leaked = _refuse_leak(name, wanted, config, context)
         compare = config.compare_base and student.base_name is not None
@@ -377,6 +381,8 @@ def _student(
 
     limit = config.max_new_tokens or answer_limit(references)
     trained = Training.of(config.trained_on) if config.trained_on is not None else None
+    if trained is not None and config.prompt_check and wanted:
+        _check_first_prompt(wanted[0], trained, config, context)
     return Served(
         _server(config, config.backend, config.model, config.url, limit, config.extra_body),
         wanted,
@@ -384,8 +390,39 @@ def _student(
         base_model=config.base_model,
         constrained=config.constrained,
         normalise=trained is not None and trained.normalises,
+        may_think=trained is None or trained.thoughts,
         say=context.log.info,
         warn=context.warn,
+    )
+
+
+def _check_first_prompt(row: Row, trained: Training, config: EvalConfig, context: Context) -> None:
+    """UserError where a server asks the student otherwise than it was trained, as far as a server shows that."""
+    from mtgdm.student.installed import TRAINING, missing
+
+    if config.backend not in ("ollama", "openai") or not config.model or missing(*TRAINING):
+        return
+    from mtgdm.student.noise import quiet
+
+    with quiet():
+        from mtgdm.evaluation import served_prompt
+        from mtgdm.student.generation import load_chat
+
+        chat = load_chat(str(trained.path.parent), trained.path.parent.name, context.workspace)
+        trained.check_chat(chat)
+        shown = served_prompt.check(
+            chat,
+            row.prompt,
+            backend=config.backend,
+            url=config.url[0],
+            model=config.model,
+            api_key_env=config.api_key_env,
+            normalise=trained.normalises,
+        )
+    context.print(
+        "the server renders the first prompt as the training did"
+        if shown
+        else "the server does not show the prompts it renders: whether they are the training's is not known"
     )
 
 

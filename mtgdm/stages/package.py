@@ -20,6 +20,7 @@ from mtgdm.stage import Context, Flag, Input, Result, Runtime, StageConfig, stag
 
 if TYPE_CHECKING:
     from mtgdm.export.build import Order
+    from mtgdm.export.modelfile import Modelfile
     from mtgdm.export.ollama import OllamaServer
     from mtgdm.export.trained import Trained
 
@@ -181,6 +182,7 @@ def run(config: PackageConfig, context: Context) -> Result:
             checkpoint, training, config.in_, context.workspace, base=config.base_model
         )
         if known := Training.of(checkpoint):
+            known.check_chat(student.chat)
             known.check_base_state(
                 model_state(student.source), otherwise=", or name its place: --base-model FOLDER"
             )
@@ -251,7 +253,7 @@ def _formats(config: PackageConfig, context: Context, student: Trained) -> tuple
         )
     if not any(one.startswith("gguf") for one in formats):
         return formats
-    problems = architectures.problems(student.config, student.checkpoint)
+    problems = architectures.problems(student.config, student.tokenizer_folder)
     if problems and (config.formats or config.ollama_create):
         raise UserError(
             f"{student.base_model} cannot be written as GGUF: {problems[0]}", hint="--formats adapter,merged"
@@ -283,9 +285,10 @@ def _check_room(config: PackageConfig, student: Trained, formats: Sequence[Forma
 
 def _room(config: PackageConfig, student: Trained, formats: Sequence[Format]) -> dict[str, int]:
     """Bytes by format; what is needed while a GGUF is made stands as `on_the_way`."""
-    from mtgdm.export import gguf, trained
+    from mtgdm.export import gguf
+    from mtgdm.student import adapter_files
 
-    adapter = (student.checkpoint / trained.WEIGHTS).stat().st_size
+    adapter = adapter_files.weights_file(student.checkpoint).stat().st_size
     tokenizer = student.tokenizer_bytes
     sizes_of = {"adapter": adapter + tokenizer, "gguf-adapter": adapter}
     found: dict[str, int] = {name: size for name, size in sizes_of.items() if name in formats}
@@ -313,7 +316,7 @@ def _server(config: PackageConfig, student: Trained, held: ExitStack) -> OllamaS
     server = held.enter_context(OllamaServer(config.url))
     server.check()
     if not config.overwrite:
-        server.check_name(config.ollama_create, student.modelfile("", {}).request())
+        server.check_name(config.ollama_create, student.modelfile("", {}).request(), student.template)
     return server
 
 
@@ -389,19 +392,23 @@ def _order(
 
 
 def _expected(config: PackageConfig, checkpoint: Path) -> dict[str, Any]:
-    """What `mtgdm plan` says: the room by format, on the way and in the end."""
-    from mtgdm.export import architectures, quantize, trained
+    """What `mtgdm plan` says: the room by format, on the way and in the end; time and memory of GGUF files."""
+    from mtgdm.export import architectures, forecast, quantize, trained
 
     student = trained.Trained.of(
-        checkpoint, trained.read_training(checkpoint), Path(), config._workspace, base=config.base_model
+        checkpoint, trained.read_training(checkpoint), config.in_, config._workspace, base=config.base_model
     )
-    formats, problems = config.formats or ALL, architectures.problems(student.config, checkpoint)
+    formats, problems = (
+        config.formats or ALL,
+        architectures.problems(student.config, student.tokenizer_folder),
+    )
     if problems:
         formats = tuple(one for one in formats if not one.startswith("gguf"))
     room = _room(config, student, formats)
     return {
         "parameters": student.parameters,
         "mib_of_disk": {name: max(1, round(size / 2**20)) for name, size in room.items()},
+        **(forecast.forecast(student, config.quantize) if "gguf" in formats else {}),
         "gguf": f"not for this base: {problems[0]}" if problems else None,
         "llama.cpp": "at hand"
         if quantize.is_installed()
@@ -419,18 +426,42 @@ def _create_in_ollama(
     path = target / f"{target.name}-{quant}.gguf"
     licence = {"license": config.license} if config.license else student.licence
     modelfile = student.modelfile(path.name, licence)
+    digest = folder.checksums(target)[path.name]
     server.create(
-        config.ollama_create,
-        path,
-        folder.checksums(target)[path.name],
-        modelfile.request(),
-        context,
-        quantize=config.ollama_quantize,
+        config.ollama_create, path, digest, modelfile.request(), context, quantize=config.ollama_quantize
     )
+    if not _renders_as_trained(config.ollama_create, student, modelfile, server):
+        context.print(
+            "this Ollama does not show the prompts it renders: they are compared by their length alone"
+        )
+        if modelfile.template_of_old is not None:
+            old = modelfile.request() | {"template": modelfile.template_of_old}
+            server.create(config.ollama_create, path, digest, old, context, quantize=config.ollama_quantize)
+            context.warn(
+                f"{config.ollama_create} got the TEMPLATE for an old Ollama: send texts without white space at "
+                "their ends"
+            )
     asked = student.question
     server.introduce(
         config.ollama_create, asked, len(student.chat.prompt(asked)), context, num_ctx=modelfile.num_ctx
     )
+
+
+def _renders_as_trained(name: str, student: Trained, modelfile: Modelfile, server: OllamaServer) -> bool:
+    """Whether a server shows the prompts it renders; UserError where one is not that of the training."""
+    from mtgdm.evaluation import rendering
+
+    for messages in student.chats_to_compare:
+        # The server puts its own before a chat that brings no system text.
+        led = [] if messages[0]["role"] == "system" or modelfile.system is None else [modelfile.system]
+        meant = [*({"role": "system", "content": text} for text in led), *messages]
+        for think in (None, False):
+            rendered = server.rendered(name, messages, think)
+            if rendered is None:
+                return False
+            asked = "" if think is None else " (asked with think: false)"
+            rendering.check(student.chat, meant, rendered, f"{name} in Ollama", asked)
+    return True
 
 
 def _push(

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr
 
 from mtgdm import processes, rows
-from mtgdm.checkpoints import checkpoint_name, hub_id, model_state
+from mtgdm.checkpoints import ADAPTER_CONFIG, checkpoint_name, hub_id, model_state, settle
 from mtgdm.errors import UserError
 from mtgdm.manifest import settings_digest
 from mtgdm.rows import Row, Split
-from mtgdm.stage import Context, Input, Output, Result, Runtime, StageConfig, stage
+from mtgdm.stage import Context, Input, Output, Result, Runtime, StageConfig, expanded, stage
 from mtgdm.student.installed import INSTALL, TRAINING
 from mtgdm.student.resume import WholeCheckpoint, remove_checkpoints, whole_checkpoints
 
@@ -109,6 +109,9 @@ class TrainConfig(StageConfig):
     """Most tokens of a row."""
     too_long: Literal["error", "drop", "truncate"] = "error"
     """What happens to longer rows."""
+    thoughts: Literal["auto", "keep", "drop"] = "auto"
+    """Whether the student learns to write the thoughts that come with answers (`<think>` or `reasoning_content`): auto
+    keeps them where every row has them, and stops where only some have."""
     val_ratio: float = Field(rows.VAL_RATIO, ge=0, lt=1)
     """Share of `val` among rows that carry no split of their own."""
     seed: int = Field(42, ge=0, lt=2**32)
@@ -139,7 +142,7 @@ class TrainConfig(StageConfig):
     def resolved(self, workspace: Path) -> Self:
         """The same settings with every path absolute, the base named as the Hub does, the checkpoint's folder named."""
         base = self.student_base
-        if not (workspace / Path(base).expanduser()).is_dir():
+        if not (workspace / expanded(Path(base))).is_dir():
             base = hub_id(base)
         named = self.model_copy(
             update={
@@ -196,27 +199,29 @@ def run(config: TrainConfig, context: Context) -> Result:
     require(*config.libraries)
     if config.preview and not processes.is_first():
         return Result(outputs=[])
-    from mtgdm.student.examples import read_splits
+    from mtgdm.student.examples import decide_thoughts, read_splits
 
-    split = read_splits(config.in_, config.val_ratio)
+    split, thoughts = decide_thoughts(read_splits(config.in_, config.val_ratio), config.thoughts)
     from mtgdm.student.noise import quiet
 
     with quiet():
         if config.preview:
-            return _preview(config, context, split)
+            return _preview(config, context, split, thoughts)
         from mtgdm.student import base, distributed
 
         placement = base.place(config.device_mode, config.precision)
         _refuse_attention(config, placement)
         with distributed.joined(placement):
-            return _train(config, context, split, placement)
+            return _train(config, context, split, thoughts, placement)
 
 
 # --- the run -------------------------------------------------------------------------------------
 
 
-def _preview(config: TrainConfig, context: Context, split: Mapping[Split, Sequence[Row]]) -> Result:
-    chat = _chat(config)
+def _preview(
+    config: TrainConfig, context: Context, split: Mapping[Split, Sequence[Row]], thoughts: bool
+) -> Result:
+    chat = _chat(config, thoughts)
     train_rows, _ = _examples(config, context, split, chat)
     for layout in _layouts(config, train_rows):
         context.print(str(layout))
@@ -224,18 +229,26 @@ def _preview(config: TrainConfig, context: Context, split: Mapping[Split, Sequen
 
 
 def _train(
-    config: TrainConfig, context: Context, split: Mapping[Split, Sequence[Row]], placement: Placement
+    config: TrainConfig,
+    context: Context,
+    split: Mapping[Split, Sequence[Row]],
+    thoughts: bool,
+    placement: Placement,
 ) -> Result:
     from mtgdm.export import architectures
     from mtgdm.student import adapter, base, distributed, memory, trainer, watch
 
     assert config.ckpt_out is not None
+    with distributed.first_alone():
+        settle(config.ckpt_out)
+    if not context.may_replace:
+        _refuse_other(config, context, f"{_settings_digest(config)}-")  # before hours of loading
     source = base.locate(config.student_base, context.workspace)
     reporters = watch.reporters(
         config.report_to, context.workspace / "log" / "tensorboard" / context.timestamp
     )
     with distributed.first_alone():
-        chat = _chat(config)
+        chat = _chat(config, thoughts)
         lora = _lora(config)
         about = base.load_config(source, config.student_base)
         shape = memory.shape_of(about, lora.config)
@@ -272,6 +285,7 @@ def _train(
     if done is not None and not config.overwrite:
         context.print("this very training is finished, and its adapter is there; --overwrite trains anew")
         return _result(done, peak_memory_mib=None)
+    _refuse_other(config, context, fingerprint)
     if config.overwrite and processes.is_first():
         remove_checkpoints(config.ckpt_out)
     resume = distributed.from_first(
@@ -347,9 +361,11 @@ def _expected(config: TrainConfig) -> dict[str, Any]:
 
     from mtgdm.student import base, examples, forecast, memory, packing
 
-    split = examples.read_splits(config.in_, config.val_ratio)
+    split, thoughts = examples.decide_thoughts(
+        examples.read_splits(config.in_, config.val_ratio), config.thoughts
+    )
     try:
-        chat = _chat(config)
+        chat = _chat(config, thoughts)
         source = base.locate(config.student_base, config._workspace)
         shape = memory.shape_of(base.load_config(source, config.student_base), _lora(config).config)
     except UserError as error:
@@ -387,8 +403,8 @@ def _expected(config: TrainConfig) -> dict[str, Any]:
     )
 
 
-def _chat(config: TrainConfig) -> Chat:
-    """The tokenizer of the base with its chat template."""
+def _chat(config: TrainConfig, thoughts: bool) -> Chat:
+    """The tokenizer of the base with the student's chat template."""
     from mtgdm.student import base
     from mtgdm.student.chat import Chat
 
@@ -399,7 +415,7 @@ def _chat(config: TrainConfig) -> Chat:
             where=source,
             hint=f"--student-base {base.base_of(source)}, which it was trained on",
         )
-    return Chat(base.load_tokenizer(source, config.student_base), config.student_base)
+    return Chat(base.load_tokenizer(source, config.student_base), config.student_base, thoughts=thoughts)
 
 
 def _lora(config: TrainConfig) -> LoraSettings:
@@ -482,6 +498,14 @@ def _examples(
     from mtgdm.student import examples
 
     encoded = {name: examples.encode_rows(split[name], chat) for name in ("train", "val")}
+    for line in chat.decided:
+        context.print(f"chat template: {line}")
+    apart = [name for name in ("train", "val") if len(encoded[name]) > len(split[name])]
+    if apart:
+        counts = ", ".join(
+            f"{len(split[name]):,} rows of {name} make {len(encoded[name]):,}" for name in apart
+        )
+        context.print(f"each answer is an example of its own, behind the prompt that asks for it: {counts}")
     table = examples.length_table(encoded)
     lines = [
         "  ".join(cells) for cells in ([column.lstrip("#") for column in examples.LENGTH_COLUMNS], *table)
@@ -599,8 +623,17 @@ _ABOUT_THE_RUN = {
     "report_to",
 }
 """Settings that change nothing about the result."""
-_HOW_NOT_WHAT = {"batch", "grad_accum", "packing", "gradient_checkpointing", "attention", "device_mode"}
-"""Settings that say how a step is computed: which rows it takes stands in the layout."""
+_HOW_NOT_WHAT = {
+    "batch",
+    "grad_accum",
+    "packing",
+    "gradient_checkpointing",
+    "attention",
+    "device_mode",
+    "thoughts",
+}
+"""Settings that say how a step is computed: which rows it takes stands in the layout, whether thoughts are trained in
+the tokens of the rows and in the template."""
 
 
 def _fingerprint(
@@ -629,6 +662,47 @@ def _settings_digest(config: TrainConfig) -> str:
     return settings_digest(
         {key: value for key, value in _shaping(config).items() if key not in _HOW_NOT_WHAT}
     )[:16]
+
+
+def _refuse_other(config: TrainConfig, context: Context, fingerprint: str) -> None:
+    """UserError where a finished checkpoint of another training would be lost; `fingerprint` may be its first part."""
+    from mtgdm.student import distributed
+
+    assert config.ckpt_out is not None
+    problem = distributed.from_first(_other_finished(config, fingerprint) if processes.is_first() else None)
+    if problem is None or config.overwrite:
+        return
+    if context.may_replace:
+        context.print(
+            f"{problem}: it was made by this pipeline, and is replaced once the new one is finished"
+        )
+        return
+    raise UserError(
+        problem,
+        where=config.ckpt_out,
+        hint="--overwrite replaces it once the new one is finished; --ckpt-out FOLDER trains beside it",
+    )
+
+
+def _other_finished(config: TrainConfig, fingerprint: str) -> str | None:
+    """What another finished training lies in the folder; None where none does, or where this one is under way."""
+    assert config.ckpt_out is not None
+    folder = config.ckpt_out
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    if any(one.mark.fingerprint.startswith(fingerprint) for one in whole_checkpoints(folder)):
+        return None
+    try:
+        training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        if str(training["fingerprint"]).startswith(fingerprint):
+            return None
+        had = {"base": training["base_model"], **training["settings"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a finished adapter of another tool lies here"
+    has = {"base": config.student_base, **_shaping(config)}
+    others = [f"{key} {had[key]} → {has[key]}" for key in has if key in had and had[key] != has[key]]
+    changed = ", ".join(others[:3]) or "other rows, or another base"
+    return f"a finished checkpoint of another training lies here ({changed})"
 
 
 def _to_resume(folder: Path, fingerprint: str, context: Context) -> WholeCheckpoint | None:
@@ -663,6 +737,8 @@ def _training(
         "base_state": model_state(base.locate(config.student_base, config._workspace)),
         "settings": _shaping(config),
         "template_fingerprint": chat.fingerprint,
+        "answer_start": chat.answer_start,
+        "thoughts": chat.thoughts,
         "max_len": config.max_len,
         "train_rows": len(train_rows),
         "val_rows": len(val_rows),

@@ -13,10 +13,10 @@ from torch.nn import Linear
 from transformers import PreTrainedModel, set_seed
 
 from mtgdm import rows
+from mtgdm.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, FINAL, settle
 from mtgdm.errors import SettingError, UserError
+from mtgdm.student.base import disk_errors
 from mtgdm.student.chat import Chat
-
-_LAST = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -87,30 +87,29 @@ def put_on(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def finish(folder: Path, best: Path, chat: Chat, base_model: str, training: dict[str, Any]) -> None:
     """Put the adapter of the checkpoint `best` into `folder`, with its tokenizer and `training.json`.
 
-    Everything is made beside first. `adapter_config.json` goes first and comes last: while it is
-    missing, the folder is no adapter to anybody.
+    Everything is made beside first, `adapter_config.json` last of all: from then on a kill leaves the new adapter,
+    which `checkpoints.settle` moves in, before that the old one.
     """
-    beside = folder / "checkpoint-final"
+    beside = folder / FINAL
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    adapter = json.loads((best / _LAST).read_text(encoding="utf-8"))
+    adapter = json.loads((best / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     # PEFT writes the place where the base lay on this machine; the name is what others can use.
     adapter["base_model_name_or_path"] = base_model
     # A set, whose order differs from process to process: the same training shall make the same file.
     adapter["target_modules"] = sorted(adapter["target_modules"])
-    shutil.copyfile(best / "adapter_model.safetensors", beside / "adapter_model.safetensors")
-    chat.tokenizer.save_pretrained(str(beside))
-    _write_json(beside / "training.json", training)
-    _write_json(beside / _LAST, adapter)
-    rows.manifest_path(folder).unlink(missing_ok=True)
-    (folder / _LAST).unlink(missing_ok=True)
-    made = {path.name for path in beside.iterdir()}
-    for name in [*sorted(made - {_LAST}), _LAST]:
-        (beside / name).replace(folder / name)
-    rows.sync_folder(folder)
-    beside.rmdir()
+    with disk_errors(folder):
+        shutil.copyfile(best / ADAPTER_FILE, beside / ADAPTER_FILE)
+        chat.tokenizer.save_pretrained(str(beside))
+        _write_json(beside / "training.json", training)
+        with rows.replace(beside / ADAPTER_CONFIG) as file:
+            file.write(_as_json(adapter))
+    settle(folder)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-    path.write_text(text, encoding="utf-8", newline="\n")
+    path.write_bytes(_as_json(value))
+
+
+def _as_json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode("utf-8")

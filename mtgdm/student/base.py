@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # that of its HTTP library
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -22,9 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mtgdm import processes
-from mtgdm.checkpoints import hub_id, json_object
+from mtgdm import network, processes
+from mtgdm.checkpoints import ADAPTER_CONFIG, ADAPTER_FILE, hub_id, json_object, settle
 from mtgdm.errors import SettingError, UserError
+from mtgdm.stage import expanded
+from mtgdm.student import hub_files
 from mtgdm.student.installed import require
 
 DeviceMode = Literal["cuda0", "auto", "cpu"]
@@ -35,7 +37,7 @@ ComputeDtype = Literal["bfloat16", "float16", "float32"]
 TINY = "mtgdm-tiny"
 """The name of the base model that ships with mtgdm."""
 
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS = (ADAPTER_FILE, "adapter_model.bin")
 
 _LFS = b"version https://git-lfs"
 _SAVE_MEMORY = "--load-in-4bit, or a smaller model"
@@ -109,8 +111,9 @@ def locate(name: str, workspace: Path) -> str:
         if not (folder / "config.json").is_file():
             raise UserError("the tiny base model is not in this installation", where=folder)
         return str(folder)
-    folder = workspace / Path(name).expanduser()
+    folder = workspace / expanded(Path(name))
     if folder.is_dir():
+        settle(folder)
         return str(folder)
     found = hub_id(name)
     if name.startswith((".", "/", "~")) or found.count("/") > 1 or Path(name).is_absolute():
@@ -119,9 +122,17 @@ def locate(name: str, workspace: Path) -> str:
 
 
 def is_adapter(source: str) -> bool:
-    """Whether a folder holds a LoRA adapter rather than a model."""
+    """Whether a folder holds a LoRA adapter rather than a model.
+
+    axolotl puts the base's config.json beside its adapters: a model has weights of its own as well.
+    """
     folder = Path(source)
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    if not (folder / "config.json").is_file():
+        return True
+    whole = any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*.bin*"))
+    return not whole and any((folder / name).is_file() for name in ADAPTER_WEIGHTS)
 
 
 def adapter_config(adapter: str) -> dict[str, Any]:
@@ -153,11 +164,24 @@ def base_of(adapter: str) -> str:
     )
 
 
+def names_base(adapter: str) -> str:
+    """Where an adapter's folder says what its base is, for a hint."""
+    if (Path(adapter) / "training.json").is_file():
+        return "`base_model` in training.json names it"
+    return f"`base_model_name_or_path` in {ADAPTER_CONFIG} names it"
+
+
 def training_settings(adapter: str) -> dict[str, Any]:
     """The settings that an adapter was trained with, as its training.json has them; empty where nothing tells."""
     path = Path(adapter) / "training.json"
     settings = json_object(path).get("settings") if path.is_file() else None
     return settings if isinstance(settings, dict) else {}
+
+
+def writes_thoughts(source: str) -> bool | None:
+    """Whether a student was trained to write its thoughts before an answer; None for a model of somebody else."""
+    path = Path(source) / "training.json"
+    return json_object(path).get("thoughts") is True if path.is_file() else None
 
 
 def check_folder(source: str) -> None:
@@ -184,10 +208,8 @@ def load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id."""
     check_folder(source)
     with _readable_errors(source, name):
-        if not Path(source).is_dir():
-            # Asked for alone: without a network the loaders below would each wait half a minute for it.
-            hf_hub_download(source, "config.json")
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        folder = _folder(source, "tokenizer")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.is_fast:
         raise UserError(
             f"{name} has only a slow tokenizer, which cannot say where its tokens lie in the text"
@@ -226,8 +248,12 @@ def load_model(
             bnb_4bit_quant_storage=getattr(torch, compute_dtype) if _is_sharded() else torch.uint8,
         )
     with _readable_errors(source, name), memory_errors():
-        AutoConfig.from_pretrained(source)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **options)
+        folder = _folder(source, "weights")
+        AutoConfig.from_pretrained(folder)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model.name_or_path = (
+        source  # not the cache, whose place on this machine an adapter would name as its base
+    )
     module: Any
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights for some CPUs at the first evaluation, and cannot train on them then.
@@ -240,17 +266,33 @@ def load_config(source: str, name: str) -> PretrainedConfig:
     """The architecture of a model, without its weights."""
     check_folder(source)
     with _readable_errors(source, name):
-        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+        config: PretrainedConfig = AutoConfig.from_pretrained(_folder(source, "config"))
     return config
 
 
 def folder_of(source: str, name: str) -> Path:
     """The folder in which the files of a model lie; those of a Hub id are fetched where they are not at hand."""
     check_folder(source)
+    with _readable_errors(source, name):
+        return _folder(source, "weights")
+
+
+def tokenizer_folder(source: str, name: str) -> Path:
+    """The folder in which the tokenizer of a model lies, fetched where it is not at hand."""
+    check_folder(source)
+    with _readable_errors(source, name):
+        return _folder(source, "tokenizer")
+
+
+def at_hand(source: str) -> Path | None:
+    """The folder of a model that is on this machine with its weights; nothing is fetched."""
     if Path(source).is_dir():
         return Path(source)
-    with _readable_errors(source, name):
-        return Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
+    return hub_files.cached(source, "weights")
+
+
+def _folder(source: str, need: hub_files.Need) -> Path:
+    return Path(source) if Path(source).is_dir() else hub_files.fetched(source, need)
 
 
 def _is_sharded() -> bool:
@@ -303,7 +345,7 @@ def _readable_errors(source: str, name: str) -> Iterator[None]:
     """Turn what the Hub and the file formats raise into one line and a way out."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError, HTTPError) as error:
         if isinstance(error, SettingError | UserError):
             raise
         kinds = {type(cause).__name__ for cause in _causes(error)}
@@ -318,16 +360,22 @@ def _readable_errors(source: str, name: str) -> Iterator[None]:
                 f"{name} is gated: its owner wants its licence accepted",
                 hint=f"accept it on https://huggingface.co/{source}, then `hf auth login`",
             ) from error
+        if "RepositoryNotFoundError" in kinds and (variable := network.token_variable()):
+            raise UserError(
+                f"the Hugging Face Hub has no model '{name}' for the token in {variable}, or refuses the token",
+                hint=f"check the spelling, and the token with `hf auth whoami`; a public model needs no {variable}",
+            ) from error
         if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
             raise UserError(
                 f"there is no model '{name}': neither a folder nor on the Hugging Face Hub",
                 hint=f"check the spelling, or use the offline base: --student-base {TINY}",
             ) from error
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | HTTPError):
             raise UserError(
-                f"the model '{name}' is not on this machine and cannot be fetched from the Hugging Face Hub",
-                hint="check the name and the network (HF_HUB_OFFLINE, proxies), give a folder that holds the model, "
-                f"or use the offline base: --student-base {TINY}",
+                f"the model '{name}' is not on this machine and cannot be fetched from the Hugging Face Hub"
+                + (f" ({told})" if (told := network.told()) else ""),
+                hint="check the name and the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxies), give a folder that "
+                f"holds the model, or use the offline base: --student-base {TINY}",
             ) from error
         raise UserError(f"the model '{name}' cannot be loaded: {_first_line(error)}") from error
 

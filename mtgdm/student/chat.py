@@ -1,4 +1,4 @@
-"""Messages to tokens by the model's own chat template, and which of the tokens are trained.
+"""Messages to tokens by the student's chat template, and which of the tokens are trained.
 
 Trained is what the student has to write by itself: each assistant turn from its first token to its
 end-of-turn token. The template's own text around it (`<|im_start|>assistant\\n`, the newline after
@@ -9,17 +9,17 @@ stops when it is asked for the next answer, so the place is the one from which t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
-
-from jinja2.exceptions import TemplateError
 
 from mtgdm.checkpoints import template_fingerprint
 from mtgdm.domain import Message
 from mtgdm.errors import UserError
+from mtgdm.student.template import RENDER_ERRORS, student_template
+from mtgdm.thoughts import split_thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,14 +27,8 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that is read but not trained."""
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
 _BATCH = 512
+_MARK = "mtgdm-user-mark"
 
 
 class ChatProblem(UserError):
@@ -54,26 +48,60 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels)
 
 
-class Chat:
-    """A tokenizer with its chat template."""
+@dataclass(frozen=True)
+class _Placed:
+    """A rendered conversation and where its trained turns stand in it, end of turn included."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        """`name` is what the user calls the model, for errors."""
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class Chat:
+    """A tokenizer with the chat template of a student."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, name: str, *, thoughts: bool | None = False
+    ) -> None:
+        """`name` is what the user calls the model, for errors.
+
+        `thoughts` says whether the student writes its thoughts before an answer; None leaves it to the template.
+        The tokenizer gets the student's template, by which it is saved and asked from here on.
+        """
         self.tokenizer = tokenizer
         self.name = name
-        if tokenizer.chat_template is None:
-            vocabulary = tokenizer.get_vocab()
-            if "<|im_start|>" not in vocabulary or "<|im_end|>" not in vocabulary:
-                raise UserError(
-                    f"{name} has no chat template",
-                    hint="choose a model that can chat: its name often ends in -Instruct",
-                )
-            tokenizer.chat_template = CHATML
+        self.fingerprint_of_base = template_fingerprint(tokenizer.chat_template)
+        self._template = student_template(tokenizer, name, thoughts=thoughts)
+        tokenizer.chat_template = self._template.text
+
+    @property
+    def template(self) -> str:
+        """The student's chat template."""
+        return self._template.text
+
+    @property
+    def thoughts(self) -> bool:
+        """Whether the student writes its thoughts before an answer."""
+        return self._template.thoughts
+
+    @property
+    def decided(self) -> tuple[str, ...]:
+        """What the student's template decides that its base's left to whoever renders it, in words."""
+        return self._template.decided
 
     @property
     def fingerprint(self) -> str:
         """A short hash of the template: training, evaluation and package must use the same."""
-        return template_fingerprint(str(self.tokenizer.chat_template))
+        return template_fingerprint(self.template)
+
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        """What a training may have written down: an earlier mtgdm wrote that of the base's template."""
+        return frozenset({self.fingerprint, self.fingerprint_of_base})
+
+    @cached_property
+    def answer_start(self) -> str:
+        """What the template writes between the text of a question and the answer."""
+        return self._render([{"role": "user", "content": _MARK}], ask=True).rpartition(_MARK)[2]
 
     @cached_property
     def end_of_turn(self) -> int:
@@ -89,25 +117,50 @@ class Chat:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens after which the student writes its answer."""
-        return self.tokens(self.text(messages, ask=True))
+        return self.tokens(self.prompt_text(messages))
 
-    def text(self, messages: Sequence[Message], *, ask: bool) -> str:
-        """A conversation as the template writes it; `ask` ends it where the next answer begins."""
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The text after which the student writes its answer, as the template writes it."""
         self._refuse_control_tokens(messages)
-        return self._render(messages, ask=ask)
+        return self._render(_as_asked(messages), ask=True)
+
+    def trained_text(self, messages: Sequence[Message]) -> str:
+        """A conversation that ends with an answer, as the student was trained on that answer."""
+        return self._placed(messages)[-1].text
+
+    def render(self, messages: Sequence[Message], ask: bool) -> str:
+        """A conversation as the template writes it; `ask` ends it where the next answer begins."""
+        return str(
+            self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+        )
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> Iterator[Encoded]:
-        """Tokens and labels of conversations that end with an answer; raises ChatProblem."""
+        """Tokens and labels of conversations, all that `encode_each` gives in one line; raises ChatProblem."""
+        return chain.from_iterable(self.encode_each(conversations))
+
+    def encode_each(self, conversations: Sequence[Sequence[Message]]) -> Iterator[list[Encoded]]:
+        """Tokens and labels of each conversation.
+
+        They are one sequence where the template writes an earlier answer as it wrote it when it was asked for, else
+        one for each answer (Qwen3 leaves the empty thought out of earlier turns). Raises ChatProblem.
+        """
         waiting = iter(conversations)
         while batch := list(islice(waiting, _BATCH)):
             placed = [self._placed(messages) for messages in batch]
             found = self.tokenizer(
-                [text for text, _ in placed], add_special_tokens=False, return_offsets_mapping=True
+                [one.text for several in placed for one in several],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
             )
-            for (text, spans), ids, offsets in zip(
-                placed, found["input_ids"], found["offset_mapping"], strict=True
-            ):
-                yield self._labelled(text, spans, ids, offsets)
+            tokenized = zip(found["input_ids"], found["offset_mapping"], strict=True)
+            for messages, several in zip(batch, placed, strict=True):
+                encoded = [self._labelled(one, *next(tokenized)) for one in several]
+                whole = [one for one in encoded if one is not None]
+                if len(whole) < len(encoded):
+                    # A token lies across the edge of a turn, which the student can never meet: it reads the prompt's
+                    # tokens and writes its own.
+                    whole = [self._in_pieces(one) for one in self._apart(messages)]
+                yield whole
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each token as text; a token that is a part of a character as the tokenizer writes it."""
@@ -118,89 +171,151 @@ class Chat:
             for text, name in zip(texts, names, strict=True)
         ]
 
-    def _labelled(
-        self, text: str, spans: list[tuple[int, int]], ids: list[int], offsets: list[tuple[int, int]]
-    ) -> Encoded:
-        edges = [edge for span in spans for edge in span]
+    def tokens(self, text: str) -> list[int]:
+        """A text as tokens, nothing added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    # --- labels ---
+
+    def _labelled(self, placed: _Placed, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded | None:
+        """Tokens and labels; None where a token lies across the edge of a trained turn."""
+        edges = [edge for span in placed.spans for edge in span]
         if any(begin < edge < end for begin, end in offsets for edge in edges):
-            # A token lies across the edge of a turn, which the student can never meet: it reads the
-            # prompt's tokens and writes its own. So the pieces are made into tokens one by one.
-            return self._in_pieces(text, spans)
+            return None
         # NFC may leave a token without a width of its own; it belongs to the character before it.
         labels = [
             number
-            if any(first <= begin and end <= last and (begin < end or first < begin) for first, last in spans)
+            if any(
+                first <= begin and end <= last and (begin < end or first < begin)
+                for first, last in placed.spans
+            )
             else IGNORED
             for number, (begin, end) in zip(ids, offsets, strict=True)
         ]
         return Encoded(ids, labels)
 
-    def _in_pieces(self, text: str, spans: list[tuple[int, int]]) -> Encoded:
-        ids: list[int] = []
-        labels: list[int] = []
-        place = 0
-        for first, last in spans:
-            before, turn = self.tokens(text[place:first]), self.tokens(text[first:last])
-            ids += before + turn
-            labels += [IGNORED] * len(before) + turn
-            place = last
-        rest = self.tokens(text[place:])
-        return Encoded(ids + rest, labels + [IGNORED] * len(rest))
+    def _in_pieces(self, placed: _Placed) -> Encoded:
+        """A single turn and its prompt, each made into tokens by itself."""
+        ((first, last),) = placed.spans
+        prompt, turn, rest = (
+            self.tokens(part) for part in (placed.text[:first], placed.text[first:last], placed.text[last:])
+        )
+        return Encoded(prompt + turn + rest, [IGNORED] * len(prompt) + turn + [IGNORED] * len(rest))
 
-    def _placed(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation and where its assistant turns stand in it, end of turn included."""
+    # --- where the answers stand ---
+
+    def _placed(self, messages: Sequence[Message]) -> list[_Placed]:
         self._refuse_control_tokens(messages)
-        text = self._render(messages, ask=False)
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            content = _clean(message["content"])
-            if not content.strip():
-                raise ChatProblem("the answer is empty")
-            begin = self._begin(text, messages[:number])
-            written = next((form for form in _forms(content) if text.startswith(form, begin)), None)
-            if written is None:
-                raise ChatProblem(f"the chat template of {self.name} changes the text of an answer")
-            end = self._end_of_turn_pattern.match(text, begin + len(written))
-            if end is None:
-                raise ChatProblem(
-                    f"the chat template of {self.name} writes no end-of-turn token after an answer",
-                    hint="a student trained so would never stop; use the model's -Instruct variant",
-                )
-            spans.append((begin, end.end()))
-        if not spans:
-            raise ChatProblem("the row has no answer to train on")
-        return text, spans
+        for place in _trained(messages):
+            self._check_thoughts(messages[place])
+        whole = self._in_one(messages)
+        return [whole] if whole else self._apart(messages)
 
-    def _begin(self, text: str, before: Sequence[Message]) -> int:
-        # Templates of thinking models put an empty thought before the last answer alone: both ways of
-        # asking for an answer are tried.
-        for thinking in (False, True):
-            prompt = self._render(before, ask=True, thinking=thinking)
-            if text.startswith(prompt):
-                return len(prompt)
+    def _apart(self, messages: Sequence[Message]) -> list[_Placed]:
+        """Each trained answer behind the very prompt that asks for it."""
+        return [self._alone(messages[: place + 1]) for place in _trained(messages)]
+
+    def _in_one(self, messages: Sequence[Message]) -> _Placed | None:
+        """All answers in one text; None where the template writes one otherwise than it was asked for."""
+        text = self._answered(messages)
+        spans = []
+        for place in _trained(messages):
+            prompt = self._render(_as_asked(messages[:place]), ask=True)
+            if not text.startswith(prompt):
+                return None
+            turn = self._turn(self._to_write(messages[place], prompt), text, len(prompt))
+            if turn is None:
+                return None
+            spans.append((len(prompt), turn))
+        return _Placed(text, spans)
+
+    def _turn(self, written: str, text: str, begin: int) -> int | None:
+        """Where the turn ends that begins with what is to be written; None where another text stands there."""
+        form = next((form for form in _forms(written) if text.startswith(form, begin)), None)
+        end = None if form is None else self._end_of_turn_pattern.match(text, begin + len(form))
+        return end and end.end()
+
+    def _alone(self, messages: Sequence[Message]) -> _Placed:
+        """The last answer behind the very prompt that asks for it, in the form that the template gives to its text."""
+        prompt = self._render(_as_asked(messages[:-1]), ask=True)
+        text = self._answered(messages)
+        answer = _answer(messages[-1])
+        end = None
+        for form in _forms(answer):
+            if end := re.search(
+                rf"{re.escape(form)}(?P<end>{self._end_of_turn_pattern.pattern}).*\Z", text, re.S
+            ):
+                break
+        else:
+            self._refuse(answer, text)
+        written = self._to_write(messages[-1], prompt).removesuffix(answer) + form + end["end"]
+        return _Placed(prompt + written, [(len(prompt), len(prompt + written))])
+
+    def _refuse(self, answer: str, text: str) -> None:
+        if not any(form in text for form in _forms(answer)):
+            raise ChatProblem(f"the chat template of {self.name} changes the text of an answer")
         raise ChatProblem(
-            f"the chat template of {self.name} renders earlier turns differently from the last one"
+            f"the chat template of {self.name} writes no end-of-turn token after an answer",
+            hint="a student trained so would never stop; use the model's -Instruct variant",
         )
 
-    def _render(self, messages: Sequence[Message], *, ask: bool, thinking: bool = False) -> str:
-        clean = [{"role": message["role"], "content": _clean(message["content"])} for message in messages]
-        try:
-            text: Any = self.tokenizer.apply_chat_template(
-                clean, tokenize=False, add_generation_prompt=ask, enable_thinking=thinking
-            )
-        except TemplateError as error:
-            raise ChatProblem(f"the chat template of {self.name} refuses the row: {error}") from error
-        return str(text)
+    def _answered(self, messages: Sequence[Message]) -> str:
+        """A conversation as the template writes it, with the end of its last turn."""
+        text = self._render([*_as_asked(messages[:-1]), self._full(messages[-1])], ask=False)
+        if messages[-1]["role"] == "assistant" and text.endswith(_forms(_answer(messages[-1]))):
+            text = text.rstrip() + self._next_turn_token
+        return text
 
-    def tokens(self, text: str) -> list[int]:
-        """A text as tokens, nothing added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    @cached_property
+    def _next_turn_token(self) -> str:
+        """The token that follows an answer where another question does: GLM-4's template writes no other end."""
+        turns = [{"role": role, "content": _MARK} for role in ("user", "assistant", "user")]
+        found = self._end_of_turn_pattern.match(self._render(turns, ask=False).split(_MARK)[2])
+        return found.group().lstrip() if found else ""
+
+    # --- thoughts ---
+
+    def _check_thoughts(self, message: Message) -> None:
+        thoughts, answer = _parts(message)
+        if not answer.strip():
+            raise ChatProblem("the answer is empty")
+        if thoughts and not self.thoughts:
+            raise ChatProblem(
+                "the answer comes with thoughts, and this student is asked for answers without",
+                hint="--thoughts keep trains them, --thoughts drop leaves them out",
+            )
+
+    def _to_write(self, message: Message, prompt: str) -> str:
+        """The student's own text of a turn: thoughts, but for the tag that the prompt has opened, and answer."""
+        full = self._full(message)["content"]
+        opening = self._template.opening
+        if opening and prompt.endswith(opening):
+            return full.removeprefix(f"<{self._template.opened_tag}>\n")
+        return full
+
+    def _full(self, message: Message) -> Message:
+        """A message as a template is given it where it is the last: with the thoughts before the answer."""
+        if message["role"] != "assistant":
+            return _as_asked([message])[0]
+        thoughts, answer = _parts(message)
+        if not self.thoughts or not (thoughts or self._template.knows_thoughts):
+            return {"role": "assistant", "content": answer}
+        tag = self._template.opened_tag or "think"
+        return {"role": "assistant", "content": f"<{tag}>\n{thoughts}\n</{tag}>\n\n{answer}"}
+
+    # --- rendering ---
+
+    def _render(self, messages: Sequence[Message], *, ask: bool) -> str:
+        try:
+            return self.render(messages, ask)
+        except RENDER_ERRORS as error:
+            raise ChatProblem(f"the chat template of {self.name} refuses the row: {error}") from error
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for message in messages:
-            if found := self._control_pattern.search(message["content"]):
+            thoughts = str(message.get("reasoning_content") or "")
+            found = self._control_pattern.search(message["content"]) or self._control_pattern.search(thoughts)
+            if found:
                 raise ChatProblem(f"a {message['role']} text holds the control token '{found.group()}'")
 
     @cached_property
@@ -216,6 +331,55 @@ class Chat:
     @cached_property
     def _end_of_turn_pattern(self) -> re.Pattern[str]:
         return re.compile(rf"\s*(?:{self._control_pattern.pattern})")
+
+
+def _trained(messages: Sequence[Message]) -> list[int]:
+    """The places of the answers that are trained."""
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise ChatProblem("the row has no answer to train on")
+    trained = [place for place in answers if messages[place].get("weight") != 0]
+    if not trained:
+        raise ChatProblem("every answer of the row has the weight 0: nothing of it is to be trained")
+    return trained
+
+
+def without_thoughts(message: Message) -> Message:
+    """A message as a later turn sees it: an answer without the thoughts that led to it."""
+    if message["role"] != "assistant":
+        return message
+    return {
+        **{key: value for key, value in message.items() if key != "reasoning_content"},
+        "content": _answer(message),
+    }
+
+
+def has_thoughts(message: Message) -> bool:
+    """Whether an answer comes with thoughts, in its text or beside it."""
+    return message["role"] == "assistant" and bool(_parts(message)[0])
+
+
+def _as_asked(messages: Sequence[Message]) -> list[Message]:
+    """Messages as a template is given them: texts alone, of earlier answers without their thoughts."""
+    return [
+        {
+            "role": message["role"],
+            "content": _answer(message) if message["role"] == "assistant" else _clean(message["content"]),
+        }
+        for message in messages
+    ]
+
+
+def _answer(message: Mapping[str, Any]) -> str:
+    return _parts(message)[1]
+
+
+def _parts(message: Mapping[str, Any]) -> tuple[str, str]:
+    """Thoughts and answer of an assistant's message."""
+    inside, answer = split_thoughts(_clean(message["content"]))
+    beside = message.get("reasoning_content")
+    thoughts = _clean(beside) if isinstance(beside, str) else inside
+    return thoughts.strip(), answer
 
 
 def _clean(text: str) -> str:

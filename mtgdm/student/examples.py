@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Literal
 
 from mtgdm.errors import UserError
 from mtgdm.rows import Row, Split, read_rows, split_of
-from mtgdm.student.chat import IGNORED, Chat, ChatProblem, Encoded
+from mtgdm.student.chat import IGNORED, Chat, ChatProblem, Encoded, has_thoughts, without_thoughts
 
 TooLong = Literal["error", "drop", "truncate"]
+Thoughts = Literal["auto", "keep", "drop"]
 
 LENGTH_COLUMNS = ("", "#rows", "#min", "#median", "#mean", "#p95", "#max", "#sum")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row to train on or to measure the loss on."""
+    """A row, or one turn of it, to train on or to measure the loss on."""
 
     row: Row
     tokens: Encoded
 
     @property
     def length(self) -> int:
-        """All tokens of the row."""
+        """All its tokens."""
         return len(self.tokens.ids)
 
 
@@ -82,21 +83,51 @@ def _split_of(row: Row, val_ratio: float) -> Split:
     return split_of(row.spot or row.id, val_ratio=val_ratio)
 
 
+def decide_thoughts(
+    split: Mapping[Split, list[Row]], wanted: Thoughts
+) -> tuple[dict[Split, list[Row]], bool]:
+    """The rows as they are trained, and whether the student writes its thoughts before an answer.
+
+    It does where the answers trained on come with thoughts, in their text or as `reasoning_content`. Answers of
+    both kinds stop the run under `auto`.
+    """
+    if wanted == "drop":
+        return {name: [_thoughtless(row) for row in rows] for name, rows in split.items()}, False
+    looked_at = [*split["train"], *split["val"]]
+    thinking = [row for row in looked_at if any(map(has_thoughts, row.messages))]
+    if wanted == "auto" and thinking and len(thinking) < len(looked_at):
+        raise thinking[0].bad(
+            f"this answer comes with thoughts, as {len(thinking):,} of {len(looked_at):,} do",
+            hint="--thoughts drop leaves the thoughts out; --thoughts keep trains them, and an empty thought "
+            "where there is none",
+        )
+    return dict(split), bool(thinking) or wanted == "keep"
+
+
+def _thoughtless(row: Row) -> Row:
+    return replace(row, messages=[without_thoughts(message) for message in row.messages])
+
+
 def encode_rows(rows: Sequence[Row], chat: Chat) -> list[Example]:
-    """Every row as tokens; a row without a trained token or without an end of turn stops the run."""
+    """Every row as tokens; a row without a trained token or without an end of turn stops the run.
+
+    A row of several answers makes several examples where the template writes earlier answers in another way.
+    """
     try:
-        encoded = list(chat.encode([row.messages for row in rows]))
+        encoded = list(chat.encode_each([row.messages for row in rows]))
     except ChatProblem:
         encoded = [_encode_alone(row, chat) for row in rows]
-    examples = [Example(row, tokens) for row, tokens in zip(rows, encoded, strict=True)]
+    examples = [
+        Example(row, tokens) for row, several in zip(rows, encoded, strict=True) for tokens in several
+    ]
     for example in examples:
         _guard(example, chat)
     return examples
 
 
-def _encode_alone(row: Row, chat: Chat) -> Encoded:
+def _encode_alone(row: Row, chat: Chat) -> list[Encoded]:
     try:
-        return next(chat.encode([row.messages]))
+        return next(chat.encode_each([row.messages]))
     except ChatProblem as problem:
         raise row.bad(problem.message, hint=problem.hint) from problem
 

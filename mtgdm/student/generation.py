@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import psutil
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel
 
 from mtgdm.errors import UserError
-from mtgdm.student import base
+from mtgdm.student import adapter_files, base
 from mtgdm.student.chat import Chat
 
 if TYPE_CHECKING:
@@ -185,12 +184,17 @@ def end_tokens(model: PreTrainedModel | PeftModel, chat: Chat) -> list[int]:
     return sorted({chat.end_of_turn, *ends})
 
 
-def load_chat(source: str, name: str, workspace: Path) -> Chat:
-    """The tokenizer and template of a model; an adapter without its own speaks as its base does."""
-    if base.is_adapter(source) and not (Path(source) / "tokenizer_config.json").is_file():
+def load_chat(source: str, name: str, workspace: Path, *, base_source: str | None = None) -> Chat:
+    """The tokenizer and template of a model; an adapter without its own speaks as its base does.
+
+    `base_source` is where the base lies, if not where the adapter says. Whether it writes its thoughts says its
+    training; of a model that mtgdm has not trained, its template.
+    """
+    thoughts = base.writes_thoughts(source)
+    if base.is_adapter(source) and not adapter_files.has_tokenizer(Path(source)):
         name = base.base_of(source)
-        source = base.locate(name, workspace)
-    return Chat(base.load_tokenizer(source, name), name)
+        source = base_source or base.locate(name, workspace)
+    return Chat(base.load_tokenizer(source, name), name, thoughts=thoughts)
 
 
 def load(
@@ -210,8 +214,9 @@ def load(
 
 def with_adapter(model: PreTrainedModel, source: str, base_name: str) -> PeftModel:
     """The adapter of a checkpoint over its loaded base; UserError where the two do not fit."""
-    hint = "was it trained on another model? `base_model` in training.json names it"
+    hint = f"was it trained on another model? {base.names_base(source)}"
     check_adapter(source)
+    _fit_vocabulary(model, Path(source), base_name)
     try:
         adapted: PeftModel = PeftModel.from_pretrained(model, source)
     except (RuntimeError, ValueError, OSError) as error:
@@ -221,11 +226,9 @@ def with_adapter(model: PreTrainedModel, source: str, base_name: str) -> PeftMod
             hint=hint,
         ) from error
     # PEFT only warns where the base takes more than the adapter has, and says nothing where it takes less.
-    has, takes = (
-        _adapter_tensors(source),
-        _lora(get_peft_model_state_dict(adapted, save_embedding_layers=False)),
-    )
-    if has is not None and has != takes:
+    has = _lora(adapter_files.shapes(Path(source)))
+    takes = _lora(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if has != takes:
         raise UserError(
             f"the adapter does not fit its base {base_name}: it holds {len(has):,} tensors, "
             f"{len(has & takes):,} of the {len(takes):,} that this base takes",
@@ -235,20 +238,20 @@ def with_adapter(model: PreTrainedModel, source: str, base_name: str) -> PeftMod
     return adapted
 
 
+def _fit_vocabulary(model: PreTrainedModel, adapter: Path, base_name: str) -> None:
+    """Give the base as many tokens as it had when the adapter was trained, which holds the embeddings of the new."""
+    known = model.get_input_embeddings().weight.shape[0]
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    wanted = adapter_files.check_vocabulary(adapter, known, base_name, tied=tied)
+    if wanted != known:
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+
+
 def check_adapter(source: str) -> None:
     """UserError where the weights are damaged, or of another rank than adapter_config.json says."""
-    config, path = base.adapter_config(source), Path(source) / base.ADAPTER_WEIGHTS[0]
-    if not path.is_file():
-        return
-    try:
-        with safe_open(path, "pt") as file:
-            ranks = {file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(
-            f"the adapter's weights cannot be read: {error}",
-            where=path,
-            hint="the file is not whole: copy the checkpoint anew",
-        ) from error
+    config = base.adapter_config(source)
+    found = adapter_files.shapes(Path(source))
+    ranks = {shape[0] for name, shape in found.items() if ".lora_A." in name}
     if ranks and not config.get("rank_pattern") and ranks != {config["r"]}:
         raise UserError(
             f"the adapter's weights have rank {', '.join(map(str, sorted(ranks)))}, adapter_config.json says "
@@ -256,15 +259,6 @@ def check_adapter(source: str) -> None:
             where=source,
             hint="files of two checkpoints lie in one folder: copy the checkpoint anew",
         )
-
-
-def _adapter_tensors(source: str) -> set[str] | None:
-    """The names of an adapter's tensors; None where they do not lie in a safetensors file."""
-    path = Path(source) / base.ADAPTER_WEIGHTS[0]
-    if not path.is_file():
-        return None
-    with safe_open(path, "pt") as file:
-        return _lora(file.keys())
 
 
 def _lora(names: Iterable[str]) -> set[str]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from mtgdm.domain import BadRecord, Domain, FactCheck, Prompt, Record, Script
 from mtgdm.tourism import answers, prose, spots, templates
 from mtgdm.tourism.facts import check_facts
+from mtgdm.tourism.record import readable
 
 
 class Tourism(Domain):
@@ -47,8 +48,8 @@ class Tourism(Domain):
 
     def check_facts(self, facts: Mapping[str, Any], prompt_type: str, text: str) -> FactCheck:
         """Compare a text with the record it was written from."""
-        return check_facts(facts, prompt_type, text)
+        return check_facts({"name": "", **readable(facts)}, prompt_type, text)
 
     def answer(self, facts: Mapping[str, Any], prompt_type: str) -> str:
         """The offline teacher's answer."""
-        return answers.render(facts, prompt_type)
+        return answers.render(readable(facts), prompt_type)

@@ -35,6 +35,31 @@ class Facts(TypedDict):
     """JSON text of the keys that are kept and not read."""
 
 
+_TEXTS = ("name", "name_en", "province", "city", "level", "best_season", "intro", "extra")
+
+
+def readable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts without what is of another type than a record has: a row's record may be another tool's."""
+    kept = {key: facts[key] for key in _TEXTS if isinstance(facts.get(key), str)}
+    for key, most in (("lat", 90), ("lon", 180), ("year_5a", 10_000)):
+        value = facts.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most:
+            kept[key] = value
+    if isinstance(facts.get("unesco"), bool):
+        kept["unesco"] = facts["unesco"]
+    kept["types"] = [one for one in _listed(facts.get("types")) if isinstance(one, str)]
+    kept["details"] = [
+        one
+        for one in _listed(facts.get("details"))
+        if isinstance(one, dict) and isinstance(one.get("label"), str) and isinstance(one.get("text"), str)
+    ]
+    return kept
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 # The first pattern that a label segment meets is its topic: `建议游览时间` is a duration before it is a tip.
 _TOPICS = tuple(
     (topic, re.compile(words, re.IGNORECASE))

@@ -37,14 +37,14 @@ with quiet():
     from mtgdm.export import merge as merging
     from mtgdm.export.gguf import convert
     from mtgdm.student.base import load_tokenizer
+    from mtgdm.student.chat import Chat
     folder = Path(sys.argv[1])
-    tokenizer = load_tokenizer(str(folder / "checkpoint"), "checkpoint")
+    chat = Chat(load_tokenizer(str(folder / "checkpoint"), "checkpoint"), "checkpoint")
     found = [resident()]
-    merging.MEMORY_SHARE = 0.0  # the comparison of the logits takes what memory there is, and no more
-    merging.merge(folder / "checkpoint", str(folder / "base"), "base", tokenizer, "bfloat16", folder / "out",
+    merging.merge(folder / "checkpoint", str(folder / "base"), "base", chat, "bfloat16", folder / "out",
                   shard_bytes=64 * 10**6)
     found.append(resident())
-    convert(folder / "out", folder / "out.gguf", "q8_0", name="x", template=tokenizer.chat_template)
+    convert(folder / "out", folder / "out.gguf", "q8_0", name="x", template=chat.template)
     found.append(resident())
 print(json.dumps(found))
 """

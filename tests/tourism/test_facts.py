@@ -8,6 +8,7 @@ import pytest
 
 from mtgdm.domain import FactCheck, Record
 from mtgdm.tourism import Tourism
+from mtgdm.tourism.record import Facts
 from mtgdm.tourism.templates import record_block
 
 
@@ -164,3 +165,15 @@ def test_rows_are_checked_by_the_thousand_in_seconds(sample: list[Record], touri
     for facts, kind, answer in answers:
         tourism.check_facts(facts, kind, answer)
     assert (time.process_time() - start) / len(answers) < 0.005
+
+
+@pytest.mark.parametrize("value", [5, [1], {"a": 1}, None, True, "x", 1e308, [{"label": 1, "text": "x"}]])
+def test_a_record_of_another_tool_is_compared_as_far_as_it_can_be_read(value: object) -> None:
+    domain = Tourism()
+    whole = {"name": "灵隐寺", "province": "浙江省", "details": [{"label": "历史", "text": "建于326年。"}]}
+    for key in Facts.__annotations__:
+        facts = {**whole, key: value}
+        for prompt_type in domain.types:
+            assert domain.check_facts(facts, prompt_type, "灵隐寺建于326年。") is not None
+            if isinstance(facts["name"], str):
+                assert facts["name"] in domain.answer(facts, prompt_type)
