@@ -15,7 +15,7 @@ SHORTEST = 96
 """Characters of repetition below which nothing is a loop."""
 OF_SIGNS = 400
 """The same for units without a letter or a digit: rulers, leaders, empty cells, blank lines."""
-_TIMES = ((16, 24), (64, 12), (256, 6), (1024, 4))
+_TIMES = ((8, 24), (16, 16), (64, 10), (256, 5), (1024, 4))
 """A unit of up to so many characters is a loop when it stands so many times in a row."""
 _PROBE = 12
 _CANDIDATES = 6
