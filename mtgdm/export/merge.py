@@ -155,6 +155,10 @@ class _Merger:
             for name, stored in self.stored.items()
         ]
 
+    def named(self, name: str) -> str:
+        """What a weight of the model is written as: an output that is tied to the embeddings has none of its own."""
+        return name if name in self.stored else EMBEDDINGS
+
     def exact(self, name: str) -> torch.Tensor:
         """A tensor in float32, before the cast."""
         source = name if name in self.weights.stored else EMBEDDINGS
@@ -204,7 +208,7 @@ def _prove(merger: _Merger, checkpoint: Path, base: str, name: str) -> tuple[flo
         return f"the base's files do not hold {unknown} under the name that the model has for it"
     tokens = _probe(merger.config.vocab_size)
     before = _logits(with_adapter(model, str(checkpoint), name), tokens)
-    exact = _logits(merged, tokens, lambda one, _: merger.exact(one))
+    exact = _logits(merged, tokens, lambda one, _: merger.exact(merger.named(one)))
     difference = (before - exact).abs().max().item()
     # Rounding grows with the logits themselves; those of small models are of the order of one.
     limit = LOGIT_LIMIT * max(1.0, before.std().item())
@@ -213,7 +217,7 @@ def _prove(merger: _Merger, checkpoint: Path, base: str, name: str) -> tuple[flo
             f"the merged model differs from base and adapter by {difference:.2g} in a logit (limit {limit:.2g})",
             where=checkpoint,
         )
-    cast = _logits(merged, tokens, lambda one, _: merger.cast(one).float())
+    cast = _logits(merged, tokens, lambda one, _: merger.cast(merger.named(one)).float())
     return difference, (before.argmax(-1) == cast.argmax(-1)).float().mean().item()
 
 
