@@ -82,12 +82,12 @@ def tls_context() -> ssl.SSLContext:
     try:
         return httpx.create_ssl_context()
     except (OSError, ssl.SSLError) as error:
-        variable = next((one for one in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(one)), None)
-        if variable is None:
+        given = next((one for one in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(one)), None)
+        if given is None:
             raise
         raise SettingError(
-            f"the environment variable {variable} names {os.environ[variable]}, which holds no certificates: {error}",
-            hint=f"unset {variable}, or name a PEM file of certificates",
+            f"the environment variable {given} names {os.environ[given]}, which holds no certificates: {error}",
+            hint=f"unset {given}, or name a PEM file of certificates",
         ) from error
 
 
