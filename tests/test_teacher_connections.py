@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -302,6 +303,18 @@ def test_a_server_is_asked_over_tls_where_its_certificate_is_known(
     assert (len(server.heard), server.connections - before) == (2, 1)
 
 
+@pytest.mark.parametrize("kind", ["missing", "no certificates"])
+def test_certificates_that_cannot_be_read_are_named_by_their_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = tmp_path / "cacert.pem"
+    if kind == "no certificates":
+        path.write_text("nothing\n", encoding="utf-8")
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    with pytest.raises(SettingError, match=re.escape(f"SSL_CERT_FILE names {path}")):
+        connections_to(httpx.URL("https://127.0.0.1:9"), {})
+
+
 # --- proxies -------------------------------------------------------------------------------------
 
 
@@ -380,4 +393,5 @@ def test_a_proxy_that_cannot_be_used_is_a_wrong_setting_that_shows_no_password(
     with pytest.raises(SettingError, match=r"the proxy for teacher\.lan cannot be used") as caught:
         connections_to(httpx.URL("http://teacher.lan"), {})
     assert "secret" not in str(caught.value)
+    assert "which HTTP_PROXY=gopher://proxy:70 names" in str(caught.value)
     assert "NO_PROXY=teacher.lan" in (caught.value.hint or "")

@@ -515,7 +515,7 @@ def test_an_invalid_answer_is_repaired_in_a_second_turn(tmp_path: Path, server: 
     assert len(row["messages"]) == 3
     assert (row["meta"]["teacher"]["attempts"], row["meta"]["teacher"]["repaired"]) == (2, True)
     shown, said = server.questions[1].body["messages"][2:]
-    assert shown == {"role": "assistant", "content": '{"name": "第0园", "year": "1100"}'}
+    assert shown == {"role": "assistant", "content": '{"name":"第0园","year":"1100"}'}
     assert "year: Input should be a valid integer" in said["content"]
 
 

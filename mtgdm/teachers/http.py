@@ -121,6 +121,18 @@ class _Chunked:
         if self._rest:
             data = self._rest + data
             self._rest = b""
+        elif not self._left and not self._trailing:
+            # Nearly always one token comes in one chunk, whole.
+            size = _SIZE.match(data)
+            if size is not None:
+                place = size.end() + 2
+                stop = place + int(size[0], 16)
+                if (
+                    stop + 2 == len(data)
+                    and stop > place
+                    and data[place - 2 : place] == data[stop:] == b"\r\n"
+                ):
+                    return data[place:stop], None
         place, end = 0, len(data)
         parts: list[bytes] = []
         while not self._trailing:

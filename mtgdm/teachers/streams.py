@@ -39,6 +39,8 @@ class AnswerReader(ABC):
         """Whether the server wrote more than the tokens that it was asked for can be."""
         self.failed: Reply | None = None
         """An error in the middle of a stream, as the reply that it would have been."""
+        self._over = False
+        """Whether nothing more of it is wanted."""
         self._bytes = 0
         self._rest = b""
         self._event: list[bytes] = []
@@ -58,13 +60,13 @@ class AnswerReader(ABC):
         self.parts.append(text)
         self.pieces += 1
         if self.watch.heard(text):
-            self.stopped = True
+            self.stopped = self._over = True
 
     def add_thought(self, text: str) -> None:
         """A piece of the thoughts, which are no part of the answer."""
         self.pieces += 1
         if self.watch.thought(text):
-            self.stopped = True
+            self.stopped = self._over = True
 
     # --- a stream --------------------------------------------------------------------------------
 
@@ -80,24 +82,20 @@ class AnswerReader(ABC):
     def feed(self, data: bytes) -> bool:
         """More of a stream; True where nothing more is wanted."""
         self._bytes += len(data)
-        lines = (self._rest + data).split(b"\n") if self._rest else data.split(b"\n")
-        self._rest = lines.pop()
+        *lines, self._rest = (self._rest + data if self._rest else data).split(b"\n")
         before = self.pieces
-        for value in self._values(lines):
+        for value in self._values(lines) if self._is_sse else map(self._parsed, filter(bytes.strip, lines)):
             self._take(value)
-            if self.stopped or self.failed is not None:
+            if self._over:
                 break
         if self.pieces > before:
             self.watch.alive()
-        self.overlong = self._bytes > self.most_bytes
-        return self.stopped or self.overlong or self.failed is not None
+        if self._bytes > self.most_bytes:
+            self.overlong = self._over = True
+        return self._over
 
     def _values(self, lines: list[bytes]) -> Iterator[Any]:
-        if not self._is_sse:
-            for line in lines:
-                if line and not line.isspace():
-                    yield self._parsed(line)
-            return
+        """The objects of server-sent events; of the last one perhaps the beginning alone has come."""
         for line in lines:
             line = line.removesuffix(b"\r")
             if line.startswith(b"data:"):
@@ -131,6 +129,7 @@ class AnswerReader(ABC):
         if not isinstance(value, dict):
             raise Retryable(f"the reply is no JSON object but {type(value).__name__}")
         if error := value.get("error"):
+            self._over = True
             self.failed = replace(
                 Reply(self._status, self._headers, json.dumps(value).encode("utf-8")),
                 status=_status_of(error),
@@ -140,10 +139,12 @@ class AnswerReader(ABC):
 
     def finish(self) -> None:
         """The stream has ended: read what has no line end."""
-        if self.stopped or self.overlong or self.failed is not None:
+        if self._over:
             return
-        lines, self._rest = [self._rest, b""] if self._is_sse else [self._rest], b""
-        for value in self._values(lines):
+        rest, self._rest = self._rest, b""
+        for value in (
+            self._values([rest, b""]) if self._is_sse else map(self._parsed, filter(bytes.strip, [rest]))
+        ):
             self._take(value)
 
     # --- one body --------------------------------------------------------------------------------
@@ -156,7 +157,9 @@ class AnswerReader(ABC):
         lines = reply.body.split(b"\n")
         if not self._is_sse and not (len(lines) > 1 and lines[0].rstrip().endswith(b"}")):
             return False
-        for value in self._values([*lines, b""]):
+        for value in (
+            self._values([*lines, b""]) if self._is_sse else map(self._parsed, filter(bytes.strip, lines))
+        ):
             self._take(value)
         return True
 
