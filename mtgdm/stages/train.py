@@ -498,7 +498,7 @@ def _examples(
     from mtgdm.student import examples
 
     splits: tuple[Split, ...] = ("train", "val")
-    encoded = {name: examples.encode_rows(split[name], chat) for name in splits}
+    encoded: dict[str, list[Example]] = {name: examples.encode_rows(split[name], chat) for name in splits}
     for line in chat.decided:
         context.print(f"chat template: {line}")
     apart = [name for name in splits if len(encoded[name]) > len(split[name])]

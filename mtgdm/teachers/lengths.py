@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from mtgdm.contracts import schema_of
 from mtgdm.teachers.tokens import at_most
 
 if TYPE_CHECKING:
@@ -52,5 +53,5 @@ class Lengths:
 @cache
 def _of_contract(contract: type[BaseModel]) -> int:
     """Tokens that the keys of a contract alone may take, each twice as it may stand in a list."""
-    schema = json.dumps(contract.model_json_schema().get("properties", {}), ensure_ascii=False)
+    schema = json.dumps(schema_of(contract).get("properties", {}), ensure_ascii=False)
     return at_most(schema)
