@@ -47,6 +47,7 @@ MEANT: Mapping[str, str] = {
     "tokenizer.ggml.pre": "another name for the same rules",
     "tokenizer.ggml.add_bos_token": "what tokenizer.json does, told always",
     "tokenizer.ggml.add_eos_token": "told always",
+    "tokenizer.ggml.add_sep_token": "never asked for",
     "tokenizer.ggml.add_space_prefix": "what tokenizer.json does, told always; llama.cpp's default is to put one",
     "tokenizer.ggml.eot_token_id": "the end of turn of the training's template",
     "tokenizer.ggml.eom_token_id": "GLM: <|observation|>, which no student is trained on",
@@ -54,7 +55,12 @@ MEANT: Mapping[str, str] = {
     "tokenizer.ggml.unknown_token_id": "GLM: as tokenizer_config.json has it",
 }
 """Differences that are meant, with the reason; `*` stands for the architecture."""
-_SAME_RULES = ({"llama-bpe", "glm4"}, {"qwen2", "deepseek-r1-qwen"}, {"dbrx", "chatglm-bpe", "smaug-bpe"})
+_SAME_RULES = (
+    {"llama-bpe", "glm4"},
+    {"qwen2", "deepseek-r1-qwen"},
+    {"dbrx", "chatglm-bpe", "smaug-bpe"},
+    {"deepseek-v3", "joyai-llm"},
+)
 _OF_GLM = ("rope.freq_base", "layer_norm_rms_epsilon", "eom_token_id", "bos_token_id", "unknown_token_id")
 
 

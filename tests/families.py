@@ -295,7 +295,8 @@ def _sentencepiece(words: Words) -> Any:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(TEXT.split("\n") * 3, BpeTrainer(vocab_size=340, show_progress=False))
-    learned = sorted(trained.get_vocab(), key=lambda token: trained.token_to_id(token))
+    numbered = trained.get_vocab()
+    learned = sorted(numbered, key=numbered.__getitem__)
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     made = [token for token in learned if len(token) > 1]
     runs = [token for token in words.written if set(token) == {"▁"}]
@@ -315,7 +316,7 @@ def _sentencepiece(words: Words) -> Any:
         inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), escape])
     elif words.space == "never":
         inner.normalizer = escape
-    else:
+    elif words.space is not None:
         inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=words.space, split=False)
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return inner
@@ -444,7 +445,7 @@ def _model(kind: str, tokenizer: Any, shape: dict[str, Any], rope: dict[str, Any
         **{f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")},
         rope_parameters=dict(rope or made.rope),
     )
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
 
 
 def make_checkpoint(folder: Path, base: Path, *, seed: int = 1, rank: int = 4, **lora: Any) -> Path:

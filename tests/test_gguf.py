@@ -396,6 +396,18 @@ def test_a_model_that_can_be_packaged_has_no_problems(models: Path) -> None:
         assert architectures.problems(config_of(models / kind), models / kind) == []
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_check_before_training_agrees(kind: str, models: Path) -> None:
+    with quiet():
+        from mtgdm.student.base import load_config, load_tokenizer
+
+        config = load_config(str(models / kind), kind).to_dict()
+        tokenizer = load_tokenizer(str(models / kind), kind)
+        assert architectures.base_problems(config, tokenizer) == []
+        (problem,) = architectures.base_problems(config | {"quantization_config": {"bits": 4}}, tokenizer)
+    assert "quantized already" in problem
+
+
 def test_the_base_that_ships_can_be_packaged() -> None:
     from mtgdm.student.tiny import TINY_BASE
 

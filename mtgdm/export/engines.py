@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from mtgdm.errors import UserError
-from mtgdm.export import architectures, quantize
+from mtgdm.export import architectures, pretokenizers, quantize
 from mtgdm.student import generation
 from mtgdm.student.chat import Chat
 
@@ -257,7 +257,7 @@ def opened(file: Path, chat: Chat, positions: int) -> Iterator[tuple[EngineName,
 
 def _normalizes(chat: Chat) -> bool:
     backend: Any = chat.tokenizer
-    return json.loads(backend.backend_tokenizer.to_str()).get("normalizer") is not None
+    return pretokenizers.normalizes(json.loads(backend.backend_tokenizer.to_str()))
 
 
 def _through_transformers(file: Path, chat: Chat) -> InTorch:

@@ -15,7 +15,7 @@ _CHAT = (
     {"role": "assistant", "content": "2"},
     {"role": "user", "content": "3"},
 )
-_ENDS_OF_NAME = ("<unk>", "<s>", "<|endoftext|>")
+_KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 """Those behind which llama.cpp takes no space in a model whose name says Phi-3, unlike all others."""
 
 
@@ -58,8 +58,8 @@ def strips(added: Sequence[Mapping[str, Any]]) -> bool:
 def strips_like_phi3(added: Sequence[Mapping[str, Any]]) -> bool:
     """Whether just those tokens take the spaces behind them of which llama.cpp believes it for Phi-3."""
     names = {one["content"] for one in added}
-    return {"</s>", *_ENDS_OF_NAME} <= names and all(
-        bool(one.get("rstrip")) == (one["content"] not in _ENDS_OF_NAME) and not one.get("lstrip")
+    return {"</s>", *_KEEP_SPACES} <= names and all(
+        bool(one.get("rstrip")) == (one["content"] not in _KEEP_SPACES) and not one.get("lstrip")
         for one in added
     )
 

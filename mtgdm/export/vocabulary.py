@@ -126,9 +126,9 @@ def _beside_tokens(folder: Path, about: Mapping[str, Any], template: str | None)
         return
     chat = _chat(folder, about, template)
     if strips:
-        for token in [one["content"] for one in added] if chat is None else surroundings.stripped(chat):
+        taking = (one["content"] for one in added if one.get("lstrip") or one.get("rstrip"))
+        if token := next(taking if chat is None else surroundings.stripped(chat), None):
             yield f"its token {token} takes the spaces around it, and the chat template writes some there"
-            return
     if not sentencepiece.is_of_this_kind(about):
         return
     if sentencepiece.space_in_front(about) is not None and _space_in_front(about, chat) is None:
