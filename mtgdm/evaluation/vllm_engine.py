@@ -133,7 +133,7 @@ class Vllm(Student):
                 asked.add(output, (now - since) / len(written))
                 if output.finished:
                     del in_flight[output.request_id]
-                    self._keep(asked, output, keep)
+                    keep(asked.row, self._reply(asked, output, min(ROWS_AT_ONCE, len(rows))))
             since = now if written else since
 
     def notes(self) -> list[str]:
@@ -143,17 +143,14 @@ class Vllm(Student):
             return ["the model is being loaded"] if self._engine is None else []
         return [f"{len(asked):,} in flight with {sum(one.tokens for one in asked):,} tokens so far"]
 
-    def _keep(self, asked: _Asked, output: Any, keep: Keep) -> None:
-        keep(
-            asked.row,
-            Reply(
-                "".join(asked.texts),
-                output.outputs[0].finish_reason or "unknown",
-                len(self._prompts[asked.row.id]),
-                asked.tokens,
-                asked.seconds,
-                ROWS_AT_ONCE,
-            ),
+    def _reply(self, asked: _Asked, output: Any, batch_rows: int) -> Reply:
+        return Reply(
+            "".join(asked.texts),
+            output.outputs[0].finish_reason or "unknown",
+            len(self._prompts[asked.row.id]),
+            asked.tokens,
+            asked.seconds,
+            batch_rows,
         )
 
     def _load(self) -> Any:
