@@ -348,7 +348,7 @@ def test_epochs_of_packed_rows_count_steps_by_bins(workspace: Path) -> None:
 def test_the_log_says_how_the_rows_lie(workspace: Path) -> None:
     ran = trained(workspace, packing=True, max_len=256, max_steps=1)
     assert any(line.startswith("packed: 10 rows in ") for line in ran.printed)
-    ran = trained(workspace, max_steps=1)
+    ran = trained(workspace, max_steps=1, overwrite=True)
     assert any(line.startswith("10 rows, 2 of like length to a batch, ") for line in ran.printed)
     assert points(workspace, "start")[0]["layout"]["bin_tokens"] == 0  # ten rows on a CPU: nothing to gain
     ran = trained(workspace, preview=True)

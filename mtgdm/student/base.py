@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TokenizersBackend,
 )
 
 from mtgdm import network, processes
@@ -210,11 +212,26 @@ def load_tokenizer(source: str, name: str) -> PreTrainedTokenizerBase:
     with _readable_errors(source, name):
         folder = _folder(source, "tokenizer")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.is_fast and not _cuts_as_its_file(tokenizer, Path(folder)):
+            tokenizer = TokenizersBackend.from_pretrained(folder)
     if not tokenizer.is_fast:
         raise UserError(
             f"{name} has only a slow tokenizer, which cannot say where its tokens lie in the text"
         )
     return tokenizer
+
+
+def _cuts_as_its_file(tokenizer: Any, folder: Path) -> bool:
+    """Whether a loaded tokenizer cuts texts as its tokenizer.json says.
+
+    transformers 5 builds some by the name of their class and not from that file: SmolLM2's, called GPT-2's, then
+    no longer cuts numbers into digits, and makes other tokens than llama.cpp and the model's own makers.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return True
+    of_file, loaded = json_object(path), json.loads(tokenizer.backend_tokenizer.to_str())
+    return all(of_file.get(part) == loaded.get(part) for part in ("normalizer", "pre_tokenizer"))
 
 
 def load_model(

@@ -386,5 +386,8 @@ def _clean(text: str) -> str:
 
 
 def _forms(content: str) -> tuple[str, ...]:
-    """How templates write a text: as it is, or without the white space around it."""
-    return content, content.rstrip(), content.lstrip(), content.strip()
+    """How templates write a text: as it is, or without the white space around it.
+
+    Those of Llama 2 and Mistral's first models put a space before an answer, which the student then writes.
+    """
+    return content, content.rstrip(), content.lstrip(), content.strip(), f" {content}", f" {content.strip()}"
