@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
@@ -27,6 +27,11 @@ Script = Literal["Han", "alphabetic"]
 
 BadRecord = Callable[[BadRow], None]
 """Called with a line that could not be read; raising stops the reading, returning skips the line."""
+
+
+def as_sent(messages: Sequence[Message]) -> list[Message]:
+    """Messages with role and text alone: some servers refuse the keys of training data beside them."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def test_without_rows_nothing_is_proved(tmp_path: Path) -> None:
     ("changed", "reason"),
     [
         ({"tokens_equal": 1}, "1 of 2 rows have other tokens"),
-        ({"mean_kl": 2e-2}, "mean KL 0.02"),
+        ({"mean_kl": 3e-2}, "mean KL 0.03"),
         ({"mean_kl": float("nan")}, "mean KL nan"),
         ({"top1_agreement": 0.5}, "same at 50.0%"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -48,11 +48,12 @@ def ask(
     respond: Callable[[httpx.Request], httpx.Response],
     contract: type[BaseModel] | None = Contract,
     url: str = "host:8000/v1",
+    messages: Sequence[Any] = MESSAGES,
     **sampling: Any,
 ) -> Completion:
     async def once() -> Completion:
         async with backend(respond, url) as teacher:
-            return await teacher.answer(MESSAGES, contract, replace(OPTIONS, **sampling))
+            return await teacher.answer(messages, contract, replace(OPTIONS, **sampling))
 
     return asyncio.run(once())
 
@@ -90,6 +91,18 @@ def test_a_question_names_everything_that_shapes_the_answer(monkeypatch: pytest.
         "top_p": 0.9,
         "seed": 42,
     }
+
+
+def test_keys_of_training_data_are_not_sent() -> None:
+    seen: list[Any] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        seen.extend(json.loads(request.content)["messages"])
+        return httpx.Response(200, json=reply())
+
+    earlier = {"role": "assistant", "content": "b", "weight": 0, "reasoning_content": "c"}
+    ask(respond, messages=[{"role": "user", "content": "a"}, earlier, {"role": "user", "content": "d"}])
+    assert seen[1] == {"role": "assistant", "content": "b"}
 
 
 def test_prose_is_asked_without_a_schema_and_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:

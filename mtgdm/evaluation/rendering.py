@@ -13,6 +13,7 @@ from contextlib import suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from mtgdm.domain import as_sent
 from mtgdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def by_ollama(post: Post, model: str, messages: Sequence[Message], think: bool |
     """The prompt that Ollama renders; None where it is too old to show it."""
     body = {
         "model": model,
-        "messages": _texts(messages),
+        "messages": as_sent(messages),
         "stream": False,
         "_debug_render_only": True,
         "options": {"num_predict": 1},  # of one that does not know the key, and answers
@@ -45,13 +46,13 @@ def by_ollama(post: Post, model: str, messages: Sequence[Message], think: bool |
 
 def by_llama_server(post: Post, messages: Sequence[Message]) -> str | None:
     """The prompt that llama.cpp's server renders; None of another server."""
-    text = _json(post("/apply-template", {"messages": _texts(messages)})).get("prompt")
+    text = _json(post("/apply-template", {"messages": as_sent(messages)})).get("prompt")
     return text if isinstance(text, str) else None
 
 
 def by_vllm(post: Post, model: str, messages: Sequence[Message]) -> list[int] | None:
     """The tokens of the prompt that vLLM renders; None of another server."""
-    body = {"model": model, "messages": _texts(messages), "add_generation_prompt": True}
+    body = {"model": model, "messages": as_sent(messages), "add_generation_prompt": True}
     tokens = _json(post("/tokenize", body)).get("tokens")
     return tokens if isinstance(tokens, list) and all(isinstance(one, int) for one in tokens) else None
 
@@ -86,10 +87,6 @@ def _around_first_difference(one: str, other: str) -> tuple[str, str]:
         )
         for text in (one, other)
     )
-
-
-def _texts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _json(reply: httpx.Response) -> dict[str, Any]:

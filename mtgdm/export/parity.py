@@ -54,17 +54,18 @@ class Limit:
 LIMITS = {
     "f32": Limit(1e-5, 0.99),
     "f16": Limit(1e-4, 0.99),
-    "bf16": Limit(1e-3, 0.95),
-    "q8_0": Limit(5e-3, 0.90),
-    "q6_k": Limit(1e-2, 0.90),
+    "bf16": Limit(5e-3, 0.95),
+    "q8_0": Limit(2e-2, 0.90),
+    "q6_k": Limit(5e-2, 0.88),
     "q5_k_m": Limit(1e-1, 0.85),
     "q4_k_m": Limit(1e-1, 0.85),
 }
 """Mean divergence in nats a token, and the share of positions with the same likeliest token.
 
 A student of mtgdm-tiny, whose copying makes it sharp for its size, gave 3e-10, 2e-6, 2e-4, 1.8e-3, 2e-3, 3.2e-2 and
-4.2e-2 from top to bottom, with 93 % of the likeliest tokens at least. On the other side, in a small trained Llama
-a file with the rows of Q and K in the wrong order gave 0.3 with 73 %, one without the factors of its rotation 0.1
+4.2e-2 from top to bottom, with 93 % of the likeliest tokens at least. A real SmolLM2-135M, merged in bfloat16, gave
+f16 1.0e-3 (its merge is rounded), q8_0 5.5e-3, q6_k 1.7e-2 with 92 %, q4_k_m 5.6e-2 with 88 %. On the other side,
+in a small trained Llama a file with the rows of Q and K in the wrong order gave 0.3 with 73 %, one without the factors of its rotation 0.1
 with 82 %.
 """
 CHANCE = 6

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mtgdm.contracts import schema_of
+from mtgdm.domain import as_sent
 from mtgdm.teachers.finish import Finish
 from mtgdm.teachers.repetition import repeats_at_end
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
@@ -54,7 +55,7 @@ class Ollama(ServerBackend):
     ) -> dict[str, Any]:
         request: dict[str, Any] = {
             "model": self.model,
-            "messages": messages,
+            "messages": as_sent(messages),
             "stream": self.settings.stream,
             "think": False,
             "truncate": False,  # never drop messages to make the prompt fit

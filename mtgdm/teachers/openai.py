@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from mtgdm.contracts import schema_of
+from mtgdm.domain import as_sent
 from mtgdm.errors import SettingError
 from mtgdm.teachers.seam import Completion, Options, Refused, Retryable, Unavailable
 from mtgdm.teachers.server import ServerBackend, count
@@ -88,7 +89,7 @@ class OpenAI(ServerBackend):
     ) -> dict[str, Any]:
         request: dict[str, Any] = {
             "model": self.model,
-            "messages": messages,
+            "messages": as_sent(messages),
             "stream": self.settings.stream,
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,
