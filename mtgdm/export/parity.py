@@ -65,8 +65,8 @@ LIMITS = {
 A student of mtgdm-tiny, whose copying makes it sharp for its size, gave 3e-10, 2e-6, 2e-4, 1.8e-3, 2e-3, 3.2e-2 and
 4.2e-2 from top to bottom, with 93 % of the likeliest tokens at least. A real SmolLM2-135M, merged in bfloat16, gave
 f16 1.0e-3 (its merge is rounded), q8_0 5.5e-3, q6_k 1.7e-2 with 92 %, q4_k_m 5.6e-2 with 88 %. On the other side,
-in a small trained Llama a file with the rows of Q and K in the wrong order gave 0.3 with 73 %, one without the factors of its rotation 0.1
-with 82 %.
+in a small trained Llama a file with the rows of Q and K in the wrong order gave 0.3 with 73 %, one without the
+factors of its rotation 0.1 with 82 %.
 """
 CHANCE = 6
 """So many positions may have another likeliest token whatever their share, which of a few hundred says no more.
