@@ -299,7 +299,8 @@ def run_all(
     )
     if loaded.workspace != Path.cwd():
         _terminal().print(f"workspace: {loaded.workspace}")
-    pages = [path for step, one in found for path in one.outputs if path.suffix == ".html"]
+    beside = (path.with_suffix(".html") for _, one in found for path in one.outputs if path.suffix == ".json")
+    pages = [page for page in beside if page.is_file()]
     if pages:
         _terminal().print(f"open {_short(pages[-1], loaded)} in a browser: every answer beside its reference")
     if loaded.name == _FIRST_PROFILE:
