@@ -17,7 +17,7 @@ from tests.conftest import CommandLine, clean_environment, spot, write_lines
 README = Path(__file__).parent.parent / "README.md"
 COMMANDS = {"all", "status", "plan", "doctor", "stages", "profiles", "config"}
 PIPELINE = ["prompts", "teacher", "train", "report", "eval", "eval-report", "package"]
-STAGES = [*PIPELINE, "teacher-report"]
+STAGES = [*PIPELINE, "export", "import", "teacher-report"]
 
 
 def test_help_names_every_command_of_the_contract(mtgdm: CommandLine) -> None:
